@@ -1,0 +1,37 @@
+"""Lower bounds on the time of an exchange: below them no simulated result may lie."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distsim.cluster import Cluster
+from distsim.traffic import Traffic
+
+
+def busiest_link_s(traffic: Traffic, cluster: Cluster) -> float:
+    """Return the busiest link's bytes over its bandwidth, in seconds; 0 without messages."""
+    ptr, links = cluster.routes(traffic.link_src, traffic.link_dst)
+    link_bytes = np.zeros(len(cluster.bandwidth_Bps))
+    np.add.at(link_bytes, links, np.repeat(traffic.link_bytes, np.diff(ptr)))
+    return float((link_bytes / cluster.bandwidth_Bps).max(initial=0.0))
+
+
+def any_algorithm_s(workers: int, ranks: int, array_bytes: int, cluster: Cluster) -> float:
+    """Return the time that any exchange of `array_bytes` among the first `workers` devices needs, in seconds.
+
+    The largest of three bounds, each without regard to the others: contributions must cross between worker 0
+    and every other one (latency); every worker must send its contribution and receive the result at least
+    once; and 2(n - 1) arrays have to be sent in all, by the `ranks` devices together (Patarasuk and Yuan
+    2009, section 2; nobody adds inside the network). Servers are `ranks` beyond the workers.
+    """
+    if workers < 2:
+        return 0.0
+    others = np.arange(1, workers)
+    first = np.zeros_like(others)
+    ptr, links = cluster.routes(np.concatenate((first, others)), np.concatenate((others, first)))
+    latency = float(np.add.reduceat(cluster.latency_s[links], ptr[:-1]).max())
+    devices = np.arange(ranks)
+    egress, ingress = cluster.egress_Bps(devices), cluster.ingress_Bps(devices)
+    alone = array_bytes / min(egress[:workers].min(), ingress[:workers].min())
+    together = 2 * (workers - 1) * array_bytes / min(egress.sum(), ingress.sum())
+    return float(max(latency, alone, together))

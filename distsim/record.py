@@ -1,0 +1,176 @@
+"""RunRecord: what a run did, simulated or measured, in one format; "is the simulator right?" is a diff of two."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distsim.errors import ConfigError
+from distsim.schedule import ITEMSIZE
+from distsim.step import Simulation
+from distsim.traffic import Traffic
+
+NOT_OBSERVABLE: Literal["not observable"] = "not observable"
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Totals(_Frozen):
+    """Messages and bytes of all exchanges of a run."""
+
+    messages: Count
+    bytes: Count
+    message_sizes: dict[Count, Count]
+    """Bytes of a message -> how many of that size."""
+    links: list[tuple[Count, Count, Count, Count]]
+    """(src, dst, messages, bytes) for each ordered pair of ranks that talked."""
+
+    @staticmethod
+    def of(traffic: Traffic) -> Totals:
+        """Take the counts of a traffic."""
+        return Totals(
+            messages=traffic.messages,
+            bytes=traffic.bytes,
+            message_sizes=traffic.message_sizes,
+            links=traffic.links(),
+        )
+
+    def per_exchange(self, exchanges: int) -> Totals | None:
+        """Divide by the number of exchanges; None if the exchanges were not all alike."""
+        numbers = [self.messages, self.bytes, *self.message_sizes.values()]
+        numbers += [number for link in self.links for number in link[2:]]
+        if any(number % exchanges for number in numbers):
+            return None
+        return Totals(
+            messages=self.messages // exchanges,
+            bytes=self.bytes // exchanges,
+            message_sizes={size: count // exchanges for size, count in self.message_sizes.items()},
+            links=[(src, dst, count // exchanges, size // exchanges) for src, dst, count, size in self.links],
+        )
+
+
+class Spans(_Frozen):
+    """The messages of one exchange, as columns; times in seconds since the exchange began."""
+
+    schedule: list[int]
+    """0 for gradients, 1 for parameters."""
+    row: list[int]
+    step: list[int]
+    src: list[int]
+    dst: list[int]
+    chunk: list[int]
+    bytes: list[int]
+    start_s: list[float]
+    finish_s: list[float]
+
+
+class RunRecord(_Frozen):
+    """One run of one strategy. Times in seconds, sizes in bytes."""
+
+    format: Literal["distsim run record 1"] = "distsim run record 1"
+    origin: Literal["simulated", "measured"]
+    strategy: str
+    workers: Annotated[int, Field(ge=1)]
+    ranks: Annotated[int, Field(ge=1)]
+    """Workers and servers."""
+    params: Count
+    dtype: str
+    schedule_digest: str
+    exchanges: Annotated[int, Field(ge=1)]
+    """How many exchanges the totals cover."""
+    totals: Totals | Literal["not observable"]
+    """Not observable where a library hides its messages."""
+    exchange_time_s: list[Annotated[float, Field(ge=0)]]
+    """Of each exchange."""
+    losses: list[float] = []
+    """Of each step, the mean over the workers."""
+    spans: Spans | None = None
+    """The messages of the last exchange."""
+    configuration: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+
+    @property
+    def time_s(self) -> float:
+        """The median exchange time."""
+        return statistics.median(self.exchange_time_s)
+
+
+def from_simulation(simulation: Simulation) -> RunRecord:
+    """Make the record of a simulated exchange."""
+    exchange, timeline = simulation.exchange, simulation.timeline
+    parts = exchange.schedules()
+    itemsize = ITEMSIZE[simulation.dtype]
+    tasks = np.concatenate(simulation.lowered.transfers)
+
+    def column(name: str) -> list[int]:
+        return [value for part in parts for value in getattr(part, name).tolist()]
+
+    spans = Spans(
+        schedule=[which for which, part in enumerate(parts) for _ in range(part.messages)],
+        row=[row for part in parts for row in range(part.messages)],
+        step=column("step"),
+        src=column("src"),
+        dst=column("dst"),
+        chunk=column("chunk"),
+        bytes=[elements * itemsize for part in parts for elements in part.elements().tolist()],
+        start_s=timeline.start_s[tasks].tolist(),
+        finish_s=timeline.finish_s[tasks].tolist(),
+    )
+    return RunRecord(
+        origin="simulated",
+        strategy=exchange.strategy,
+        workers=exchange.workers,
+        ranks=exchange.ranks,
+        params=exchange.params,
+        dtype=simulation.dtype,
+        schedule_digest=exchange.digest(),
+        exchanges=1,
+        totals=Totals.of(simulation.traffic),
+        exchange_time_s=[simulation.time_s],
+        spans=spans,
+        configuration={"cluster": simulation.cluster.name, "cluster_title": simulation.cluster.title},
+    )
+
+
+def write(record: RunRecord, path: Path) -> None:
+    """Write a record as JSON: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w") as file:
+            file.write(record.model_dump_json(indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> RunRecord:
+    """Read a record.
+
+    Raises: ConfigError with file and place if it cannot be read, is no JSON, or is no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return RunRecord.model_validate(json.loads(text))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a run record: it is not UTF-8 text") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ConfigError(f"{path}:{line}: not a run record: {getattr(error, 'msg', 'nested too deeply')}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path}: not a run record: {place}: {first['msg']}") from error

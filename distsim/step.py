@@ -1,0 +1,89 @@
+"""One exchange on one cluster: checked, lowered, run, and held against its lower bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from distsim import bounds, engine
+from distsim.check import check
+from distsim.cluster import Cluster
+from distsim.engine import Timeline
+from distsim.errors import ConfigError
+from distsim.lower import Lowered, lower
+from distsim.schedule import ITEMSIZE, Exchange
+from distsim.traffic import Traffic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Simulation:
+    """The result of simulating one exchange: counts, times and bounds."""
+
+    exchange: Exchange
+    cluster: Cluster
+    dtype: str
+    """Type of an element, a key of `ITEMSIZE`."""
+    lowered: Lowered
+    timeline: Timeline
+    traffic: Traffic
+    """Messages and bytes of the transfers that were run: all of the schedule's rows, or the engine raises."""
+    latency_bound_s: float
+    """The longest chain of latencies of this schedule on this cluster."""
+    bandwidth_bound_s: float
+    """The busiest link's bytes over its bandwidth."""
+    any_algorithm_bound_s: float
+    """What every algorithm needs at least on this cluster."""
+
+    @property
+    def time_s(self) -> float:
+        """When the last rank is done."""
+        return self.timeline.makespan_s
+
+    @property
+    def algbw_Bps(self) -> float | None:
+        """Algorithm bandwidth as nccl-tests defines it, array bytes over time; None where nothing is sent."""
+        return self.exchange.params * ITEMSIZE[self.dtype] / self.time_s if self.time_s > 0 else None
+
+    @property
+    def busbw_Bps(self) -> float | None:
+        """Bus bandwidth as nccl-tests defines it for all-reduce: algbw * 2(n - 1)/n for n workers."""
+        n = self.exchange.workers
+        return None if self.algbw_Bps is None else self.algbw_Bps * 2 * (n - 1) / n
+
+
+def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Simulation:
+    """Check an exchange, run it on a cluster, and hold the result against its lower bounds.
+
+    Rank r runs on the cluster's device r; `dtype` is the type of an element, a key of `ITEMSIZE`.
+
+    Raises: ConfigError if the cluster has too few devices; ScheduleError if the exchange is wrong.
+    """
+    if exchange.ranks > len(cluster.devices):
+        servers = exchange.ranks - exchange.workers
+        what = f"{exchange.workers} workers" + (f" and {servers} server" if servers else "")
+        raise ConfigError(
+            f"cluster {cluster.name} has {len(cluster.devices)} devices, but {exchange.strategy} with {what} "
+            f"needs {exchange.ranks}; use fewer ranks or a larger cluster (`distsim clusters` lists them)"
+        )
+    check(exchange)
+    itemsize = ITEMSIZE[dtype]
+    lowered = lower(exchange, cluster, itemsize)
+    timeline = engine.run(lowered.graph)
+    traffic = exchange.traffic(itemsize)
+    array_bytes = exchange.params * itemsize
+    simulation = Simulation(
+        exchange=exchange,
+        cluster=cluster,
+        dtype=dtype,
+        lowered=lowered,
+        timeline=timeline,
+        traffic=traffic,
+        latency_bound_s=engine.run(replace(lowered.graph, duration_s=np.zeros(lowered.graph.tasks))).makespan_s,
+        bandwidth_bound_s=bounds.busiest_link_s(traffic, cluster),
+        any_algorithm_bound_s=bounds.any_algorithm_s(exchange.workers, exchange.ranks, array_bytes, cluster),
+    )
+    for bound in ("latency_bound_s", "bandwidth_bound_s", "any_algorithm_bound_s"):
+        least = getattr(simulation, bound)
+        assert simulation.time_s >= least * (1 - 1e-9), f"simulated {simulation.time_s} s beats {bound} {least} s"
+    return simulation

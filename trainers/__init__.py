@@ -1,0 +1,1 @@
+"""Real data-parallel training that runs the schedules which `distsim` checks and simulates."""

@@ -1,0 +1,186 @@
+"""Runs a `Schedule`, any schedule, on real tensors over a transport.
+
+A process hosts one rank (torchrun, Ray) or all of them (tests). Rows are posted step by step; before a row
+reads, the applies that it depends on are made; an apply waits for its arrivals and for the reads of what it
+overwrites. All of that comes from `distsim.schedule.dependencies`: no strategy has a branch here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from distsim.schedule import Op, Schedule, Source, dependencies
+from torch import Tensor
+
+from trainers.transport import Message, Request, Transport
+
+
+class ScheduleRunner:
+    """Executes one schedule, over and over, for the ranks that this process hosts."""
+
+    def __init__(self, schedule: Schedule, ranks: Collection[int], transport: Transport, which: int = 0) -> None:
+        """Sort out this process's part: `which` is the schedule's place in its exchange, for the log."""
+        self.schedule = schedule
+        self.transport = transport
+        self.which = which
+        self.waits = dependencies(schedule)
+        hosted = np.zeros(schedule.ranks, dtype=bool)
+        hosted[list(ranks)] = True
+        edges = np.concatenate(([0], np.cumsum(schedule.chunk_elements))).tolist()
+        self._slices = [slice(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+        self._steps = _by_step(schedule, hosted)
+        self._groups = np.flatnonzero(hosted[self.waits.dst])
+        self._groups = self._groups[np.argsort(self.waits.step[self._groups], kind="stable")].tolist()
+        self._gated_by: defaultdict[int, list[int]] = defaultdict(list)
+        for row in np.flatnonzero(hosted[schedule.src] & (self.waits.gates_group >= 0)).tolist():
+            self._gated_by[int(self.waits.gates_group[row])].append(row)
+        reads_input = np.zeros(schedule.ranks, dtype=bool)
+        reads_input[schedule.src[schedule.source == Source.INPUT]] = True
+        changes = np.zeros(schedule.ranks, dtype=bool)
+        changes[self.waits.dst] = True
+        self._keeps_input = np.flatnonzero(hosted & reads_input & changes).tolist()
+        self._staging = _Staging()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes set aside for arrivals, the most that were ever needed at once."""
+        return self._staging.total_bytes
+
+    def run(self, values: Mapping[int, Tensor]) -> list[int]:
+        """Execute the schedule in place on one flat tensor for each hosted rank, shape (params,).
+
+        On entry a tensor is the rank's contribution, on return its running value. Returns the groups in the
+        order in which they were applied.
+        """
+        return _Run(self, values).execute()
+
+
+class _Run:
+    """The state of one execution."""
+
+    def __init__(self, runner: ScheduleRunner, values: Mapping[int, Tensor]) -> None:
+        self.runner = runner
+        self.waits = runner.waits
+        self.work = values
+        self.inputs = {**values, **{rank: values[rank].clone() for rank in runner._keeps_input}}
+        self.sending: dict[int, Request] = {}
+        self.arriving: dict[int, tuple[Request, Tensor]] = {}
+        self.applied: dict[int, None] = {}
+
+    def execute(self) -> list[int]:
+        schedule, runner = self.runner.schedule, self.runner
+        after_group = self.waits.after_group
+        for send_rows, receive_rows in runner._steps:
+            for row in send_rows:
+                if after_group[row] >= 0:
+                    self.apply(int(after_group[row]))
+            sends = [self._message(row, self._read(row)) for row in send_rows]
+            receives = [
+                self._message(row, runner._staging.take(self._landing(row))) for row in receive_rows
+            ]
+            sending, arriving = runner.transport.post(runner.which, sends, receives)
+            self.sending.update(zip(send_rows, sending, strict=True))
+            for message, request in zip(receives, arriving, strict=True):
+                self.arriving[message.row] = (request, message.tensor)
+        for group in runner._groups:
+            self.apply(group)
+        for request in self.sending.values():
+            request.wait()
+        assert len(self.applied) == len(runner._groups) and not self.arriving, schedule
+        return list(self.applied)
+
+    def apply(self, group: int) -> None:
+        """Apply a group, and before it what was to be applied at the same place earlier."""
+        chain = []
+        while group >= 0 and group not in self.applied:
+            chain.append(group)
+            group = int(self.waits.previous[group])
+        for ready in reversed(chain):
+            self._apply_one(ready)
+
+    def _apply_one(self, group: int) -> None:
+        runner, waits = self.runner, self.waits
+        rank, chunk = int(waits.dst[group]), int(waits.chunk[group])
+        own = self.work[rank][runner._slices[chunk]]
+        rows = waits.rows_of(group).tolist()
+        arrivals = [self._arrive(row) for row in rows]
+        for row in runner._gated_by[group]:
+            self.sending.pop(row).wait()
+        if waits.op[group] == Op.COPY:
+            own.copy_(arrivals[0])
+        else:
+            _sum_in_order(own, self._terms(group, rows, arrivals, own))
+        for arrival in arrivals:
+            runner._staging.give_back(arrival)
+        self.applied[group] = None
+
+    def _terms(self, group: int, rows: list[int], arrivals: list[Tensor], own: Tensor) -> list[Tensor]:
+        """The summands in ascending rank, the receiver's own among them if it has a value yet."""
+        rank, chunk = int(self.waits.dst[group]), int(self.waits.chunk[group])
+        senders = self.runner.schedule.src[rows].tolist()
+        terms = list(arrivals)
+        if self.runner.schedule.contributes[rank, chunk] or self.waits.previous[group] >= 0:
+            terms.insert(sum(sender < rank for sender in senders), own)
+        return terms
+
+    def _arrive(self, row: int) -> Tensor:
+        request, tensor = self.arriving.pop(row)
+        request.wait()
+        self.runner.transport.log.received_s[self.runner.which, row] = time.monotonic()
+        return tensor
+
+    def _message(self, row: int, tensor: Tensor) -> Message:
+        schedule = self.runner.schedule
+        return Message(row, int(schedule.src[row]), int(schedule.dst[row]), tensor)
+
+    def _read(self, row: int) -> Tensor:
+        schedule = self.runner.schedule
+        values = self.inputs if schedule.source[row] == Source.INPUT else self.work
+        return values[int(schedule.src[row])][self.runner._slices[int(schedule.chunk[row])]]
+
+    def _landing(self, row: int) -> Tensor:
+        """Where a row's data will go: what its staging buffer must be like."""
+        schedule = self.runner.schedule
+        return self.work[int(schedule.dst[row])][self.runner._slices[int(schedule.chunk[row])]]
+
+
+def _sum_in_order(own: Tensor, terms: list[Tensor]) -> None:
+    """Sum terms from the left into `own`, which may be one of them; arrivals may be overwritten."""
+    total = terms[0]
+    for term in terms[1:]:
+        target = own if term is own or total is own else total
+        torch.add(total, term, out=target)
+        total = target
+    if total is not own:
+        own.copy_(total)
+
+
+def _by_step(schedule: Schedule, hosted: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """For each step in which a hosted rank takes part: the rows that it sends and the rows that it receives."""
+    sent, received = hosted[schedule.src], hosted[schedule.dst]
+    rows = np.flatnonzero(sent | received)
+    steps, first = np.unique(schedule.step[rows], return_index=True)
+    parts = np.split(rows, first[1:]) if len(steps) else []
+    return [(part[sent[part]].tolist(), part[received[part]].tolist()) for part in parts]
+
+
+class _Staging:
+    """Buffers for arrivals, used again for later arrivals of the same size."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def take(self, like: Tensor) -> Tensor:
+        free = self._free[like.numel()]
+        if free:
+            return free.pop()
+        self.total_bytes += like.numel() * like.element_size()
+        return torch.empty_like(like)
+
+    def give_back(self, buffer: Tensor) -> None:
+        self._free[buffer.numel()].append(buffer)

@@ -1,0 +1,155 @@
+"""Training on Ray actors: one for each worker and one for the parameter server, all running the same loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from distsim import exchanges
+from distsim.check import check
+from distsim.errors import ConfigError, DistsimError
+
+from trainers import data, report
+from trainers.config import RunConfig
+from trainers.fingerprint import Fingerprint, agree, fingerprint
+from trainers.loop import RankResult, train
+from trainers.ray_transport import Mailbox, RayTransport
+from trainers.workloads import language_model
+
+OBJECT_STORE_BYTES = 1_000_000_000
+
+
+def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) -> report.Summary:
+    """Train with `config.workers` workers and a server; start a local Ray unless `address` names one to join.
+
+    Raises: ConfigError if the cluster cannot be joined or the ranks disagree; DistsimError if an actor dies.
+    """
+    text = data.load_text(config.text, config.context + 1)
+    model = language_model.build(config)
+    exchange = exchanges.build(config.strategy, config.workers, sum(p.numel() for p in model.parameters()))
+    check(exchange)
+    predicted = report.predict(exchange, config, cluster)
+    with session(address):
+        actors = start_ranks(exchange.ranks)
+        agree(collect([actor.prepare.remote(config) for actor in actors]))
+        progress = report.Progress(config, enabled=True)
+        running = [actor.train.remote() for actor in actors]
+        results: list[RankResult] = collect(running, lambda: progress.show(*ray.get(actors[0].progress.remote())))
+        progress.close()
+    return report.finish(report.measured(config, exchange, text, results, "cpu"), predicted, out)
+
+
+@contextmanager
+def session(address: str | None) -> Iterator[None]:
+    """A Ray that ends with the block: a local one, gone with all its files, or a connection to `address`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder = Path(tempfile.mkdtemp(prefix="ray-")) if address is None else None
+    try:
+        if folder is None:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+        yield
+    except ConnectionError as error:
+        raise ConfigError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_ranks(ranks: int) -> list[Any]:
+    """Start an actor for each rank and tell all of them of each other."""
+    actors = [Rank.remote(rank) for rank in range(ranks)]
+    collect([actor.connect.remote(actors) for actor in actors])
+    return actors
+
+
+def collect(running: list[Any], meanwhile: Any = None) -> list[Any]:
+    """Wait for all results, in order; call `meanwhile` about twice a second.
+
+    Raises: DistsimError as soon as one fails, naming its rank.
+    """
+    waiting = list(running)
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=0.5)
+        for reference in done:
+            rank = running.index(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, DistsimError):
+                    raise error.cause from error
+                raise
+            except ray.exceptions.RayActorError as error:
+                raise DistsimError(f"the actor of rank {rank} has died: {error}") from error
+        if meanwhile is not None:
+            meanwhile()
+    return list(ray.get(running))
+
+
+@ray.remote(num_cpus=0, max_concurrency=4, max_restarts=0)
+class Rank:
+    """One rank: the training loop in one thread, deliveries and questions in others.
+
+    It is never restarted: a restarted actor would go on from fresh state.
+    """
+
+    def __init__(self, rank: int) -> None:
+        torch.set_num_threads(1)
+        self._rank = rank
+        self._mailbox = Mailbox()
+        self._progress: tuple[int, float | None] = (0, None)
+
+    def connect(self, peers: list[Any]) -> None:
+        """Learn the handles of all ranks."""
+        self._transport = RayTransport(self._rank, peers, self._mailbox)
+
+    def deliver(self, src: int, serial: int, letter: list[Any]) -> None:
+        """Take in a message of another rank."""
+        self._mailbox.put(src, serial, letter)
+
+    def prepare(self, config: RunConfig) -> Fingerprint:
+        """Build model and exchange; return what must be the same on all ranks."""
+        self._config = config
+        self._text = data.load_text(config.text, config.context + 1)
+        self._model = language_model.build(config)
+        params = sum(parameter.numel() for parameter in self._model.parameters())
+        self._exchange = exchanges.build(config.strategy, config.workers, params)
+        return fingerprint(config, self._text, self._model, self._exchange)
+
+    def train(self) -> RankResult:
+        """Run the training loop to its end."""
+        return train(
+            self._config,
+            self._text,
+            self._model,
+            self._exchange,
+            self._rank,
+            self._transport,
+            barrier=self._transport.barrier,
+            report=self._report,
+        )
+
+    def progress(self) -> tuple[int, float | None]:
+        """Steps done so far, and the last loss."""
+        return self._progress
+
+    def _report(self, steps: int, loss: float | None) -> None:
+        self._progress = (steps, loss)

@@ -1,0 +1,132 @@
+"""Training under torchrun: ranks meet in its store, compare fingerprints, then exchange by gloo or NCCL."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distsim import exchanges
+from distsim.check import check
+from distsim.errors import ConfigError
+from torch import Tensor
+
+from trainers import data, report
+from trainers.config import RunConfig
+from trainers.fingerprint import agree, fingerprint
+from trainers.loop import RankResult, train
+from trainers.transport import TorchTransport
+from trainers.workloads import language_model
+
+MEETING_TIMEOUT = timedelta(seconds=120)
+
+
+def run(config: RunConfig, cluster: str | None, out: Path) -> report.Summary | None:
+    """Train as the rank that torchrun's environment names; rank 0 writes the records and returns a summary.
+
+    Raises: ConfigError if the ranks disagree or one does not come.
+    """
+    rank = int(os.environ["RANK"])
+    text = data.load_text(config.text, config.context + 1)
+    device = _device()
+    model = language_model.build(config)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    exchange = exchanges.build(config.strategy, config.workers, params)
+    check(exchange)
+    predicted = report.predict(exchange, config, cluster) if rank == 0 else None
+
+    with ProcessGroup(device) as group:
+        group.agree(fingerprint(config, text, model, exchange))
+        group.start()
+        transport = TorchTransport()
+        progress = report.Progress(config, enabled=rank == 0)
+        result = train(
+            config,
+            text,
+            model.to(device),
+            exchange,
+            rank,
+            transport,
+            barrier=dist.barrier,
+            reduce_gradients=all_reduce if config.transport == "library" else None,
+            report=progress.show,
+        )
+        progress.close()
+        results = group.gather(result)
+    if results is None:
+        return None
+    measured = report.measured(config, exchange, text, results, str(device.type))
+    return report.finish(measured, predicted, out)
+
+
+def all_reduce(gradients: Tensor) -> None:
+    """Sum by the library's own all-reduce, whose messages nobody sees."""
+    dist.all_reduce(gradients)
+
+
+class ProcessGroup:
+    """The ranks of one torchrun: a store to meet in, then a process group, closed in any case."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if int(os.environ["WORLD_SIZE"]) == int(os.environ["LOCAL_WORLD_SIZE"]):
+            names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])  # one machine: nothing leaves it
+        store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        self.store = dist.PrefixStore("distsim", store)
+
+    def __enter__(self) -> ProcessGroup:
+        return self
+
+    def agree(self, mine: dict[str, str]) -> None:
+        """Compare fingerprints through the store, before any process group exists.
+
+        Raises: ConfigError naming the ranks that differ, or the first that has not come.
+        """
+        self.store.set(f"fingerprint/{self.rank}", json.dumps(mine))
+        others = []
+        for rank in range(self.world_size):
+            try:
+                self.store.wait([f"fingerprint/{rank}"], MEETING_TIMEOUT)
+            except RuntimeError as error:
+                waited = f"{MEETING_TIMEOUT.total_seconds():.0f} s"
+                raise ConfigError(f"rank {rank} of {self.world_size} has not come within {waited}") from error
+            others.append(json.loads(self.store.get(f"fingerprint/{rank}")))
+        agree(others)
+
+    def start(self) -> None:
+        """Connect the ranks."""
+        if self.device.type == "cuda":
+            os.environ.setdefault("NCCL_ALGO", "Ring")  # what --transport library is compared with
+            torch.cuda.set_device(self.device)
+            dist.init_process_group(
+                "nccl", store=self.store, rank=self.rank, world_size=self.world_size, device_id=self.device
+            )
+        else:
+            torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world_size)
+        dist.barrier()
+
+    def gather(self, result: RankResult) -> list[RankResult] | None:
+        """Bring every rank's result to rank 0."""
+        results: list[RankResult | None] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(result, results)
+        return None if results is None else [part for part in results if part is not None]
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if dist.is_initialized():
+            if error is None:
+                dist.barrier()
+            dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """The GPU of this local rank where there is one for each, otherwise the CPU."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

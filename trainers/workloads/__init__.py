@@ -1,0 +1,1 @@
+"""What is trained: each module has `build`, `batch` and `loss`."""
