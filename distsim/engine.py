@@ -20,6 +20,7 @@ from distsim.errors import DeadlockError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
+Index = npt.NDArray[np.int64]
 
 COMPILE_FROM_TASKS = 20_000
 """Below this many tasks, interpreting the loop takes less time than loading the compiled one (measured:
@@ -121,7 +122,7 @@ def _loop(
         finish_s[task] = finish
         finished += 1
         for i in range(next_ptr[task], next_ptr[task + 1]):
-            waiter = int(following[i])  # int: one type for the heap, whatever the column holds
+            waiter = following[i]
             ready_s[waiter] = max(ready_s[waiter], finish)
             waiting[waiter] -= 1
             if waiting[waiter] == 0:
@@ -141,14 +142,14 @@ def _compiled_loop() -> Callable[..., Any]:
     return compiled
 
 
-def _successors(graph: TaskGraph) -> tuple[Ints, Ints]:
+def _successors(graph: TaskGraph) -> tuple[Index, Index]:
     """Who waits for task i: following[next_ptr[i]:next_ptr[i + 1]], in ascending task number."""
     order = np.lexsort((graph.after, graph.before))
     counts = np.bincount(graph.before, minlength=graph.tasks)
-    return np.concatenate(([0], np.cumsum(counts))).astype(np.int32), graph.after[order]
+    return np.concatenate(([0], np.cumsum(counts))), graph.after[order].astype(np.int64)
 
 
-def _waiting_cycle(graph: TaskGraph, waiting: npt.NDArray[np.intp], next_ptr: Ints, following: Ints) -> str:
+def _waiting_cycle(graph: TaskGraph, waiting: Index, next_ptr: Index, following: Index) -> str:
     """Find one cycle of tasks that wait for each other and say who waits for whom."""
     waiting = waiting.copy()
     ready = list(np.flatnonzero(waiting == 0))
