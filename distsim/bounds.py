@@ -9,11 +9,12 @@ from distsim.traffic import Traffic
 
 
 def busiest_link_s(traffic: Traffic, cluster: Cluster) -> float:
-    """Return the busiest link's bytes over its bandwidth, in seconds; 0 without messages."""
+    """Return the busiest link's bytes over its bandwidth and its messages' overheads, in seconds."""
     ptr, links = cluster.routes(traffic.link_src, traffic.link_dst)
-    link_bytes = np.zeros(len(cluster.bandwidth_Bps))
-    np.add.at(link_bytes, links, np.repeat(traffic.link_bytes, np.diff(ptr)))
-    return float((link_bytes / cluster.bandwidth_Bps).max(initial=0.0))
+    hops = np.diff(ptr)
+    link_bytes = np.bincount(links, np.repeat(traffic.link_bytes, hops), len(cluster.bandwidth_Bps))
+    messages = np.bincount(links, np.repeat(traffic.link_messages, hops), len(cluster.bandwidth_Bps))
+    return float((link_bytes / cluster.bandwidth_Bps + messages * cluster.overhead_s).max(initial=0.0))
 
 
 def any_algorithm_s(workers: int, ranks: int, array_bytes: int, cluster: Cluster) -> float:
@@ -24,7 +25,7 @@ def any_algorithm_s(workers: int, ranks: int, array_bytes: int, cluster: Cluster
     once; and 2(n - 1) arrays have to be sent in all, by the `ranks` devices together (Patarasuk and Yuan
     2009, section 2; nobody adds inside the network). Servers are `ranks` beyond the workers.
     """
-    if workers < 2:
+    if workers < 2 or array_bytes == 0:
         return 0.0
     others = np.arange(1, workers)
     first = np.zeros_like(others)

@@ -126,7 +126,7 @@ def _apply(
     terms = np.concatenate((staged[rows], own[joins]))[order]
     counts = np.bincount(of_group, minlength=len(groups))
     start = np.cumsum(counts) - counts
-    total = terms[start]
+    total: Words = terms[start]
     for position in range(1, int(counts.max(initial=0))):
         more = np.flatnonzero(counts > position)
         total[more] = combine(total[more], terms[start[more] + position])
@@ -137,7 +137,7 @@ def _ranges(first: npt.NDArray[np.int32], last: npt.NDArray[np.int32]) -> npt.ND
     """Concatenate the ranges first[i]..last[i]."""
     sizes = (last - first).astype(np.int64)
     ends = np.cumsum(sizes)
-    return np.arange(int(sizes.sum())) + np.repeat(first - (ends - sizes), sizes)
+    return np.asarray(np.arange(int(sizes.sum())) + np.repeat(first - (ends - sizes), sizes))
 
 
 def _mix(left: Words, right: Words) -> Words:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from distsim import topologies, yamlfile
+from distsim import routing, topologies, validation, yamlfile
 from distsim.errors import ConfigError, nearest
 from distsim.units import exact_bandwidth, exact_time, parse_bandwidth_Bps, parse_time_s, shown
 
@@ -62,6 +62,7 @@ class LinkEntry(_Model):
 
     bandwidth: BandwidthQuantity = Field(examples=['{value: "450 GB/s", source: "..."}'])
     latency: TimeQuantity = Field(examples=['{value: "2 us", source: "..."}'])
+    overhead: TimeQuantity | None = Field(default=None, examples=['{value: "2 us", source: "..."}'])
 
 
 class ReduceEntry(_Model):
@@ -77,9 +78,7 @@ class ClusterFile(_Model):
     source: Text = Field(examples=['"where the shape and the counts come from"'])
     topology: topologies.Topology = Field(examples=["{kind: switch, devices: 8, link: nvlink}"])
     links: dict[topologies.Name, LinkEntry] = Field(examples=["a mapping of names to links"])
-    reduce: ReduceEntry | None = Field(
-        default=None, examples=['{bandwidth: {value: "1 TB/s", source: "..."}}']
-    )
+    reduce: ReduceEntry | None = Field(default=None, examples=['{bandwidth: {value: "1 TB/s", source: "..."}}'])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,18 +99,21 @@ class Cluster:
     """Per link, seconds."""
     bandwidth_Bps: NDArray[np.float64]
     """Per link, bytes per second."""
+    overhead_s: NDArray[np.float64]
+    """Per link, how much longer than its bytes take each message holds the link, seconds."""
     reduce_bandwidth_Bps: NDArray[np.float64]
     """Per device, bytes of one operand added per second; inf where addition is free."""
 
     def __post_init__(self) -> None:
-        for key in ("latency_s", "bandwidth_Bps", "reduce_bandwidth_Bps"):
+        for key in ("latency_s", "bandwidth_Bps", "overhead_s", "reduce_bandwidth_Bps"):
             array = np.array(getattr(self, key), dtype=np.float64)
             array.setflags(write=False)
             object.__setattr__(self, key, array)
         links = len(self.link_src)
         assert len(self.link_dst) == len(self.latency_s) == len(self.bandwidth_Bps) == links
+        assert len(self.overhead_s) == links
         assert len(self.reduce_bandwidth_Bps) == len(self.devices) > 0
-        assert (self.latency_s >= 0).all() and (self.bandwidth_Bps > 0).all()
+        assert (self.latency_s >= 0).all() and (self.overhead_s >= 0).all() and (self.bandwidth_Bps > 0).all()
 
     def link_name(self, link: int) -> str:
         """Return `"gpu0 -> switch"`."""
@@ -127,8 +129,8 @@ class Cluster:
             for node in (src, dst):
                 if node not in graph:
                     graph.add_node(node, device=False)
-            latency_s, bandwidth_Bps = float(self.latency_s[link]), float(self.bandwidth_Bps[link])
-            graph.add_edge(src, dst, link=link, latency_s=latency_s, bandwidth_Bps=bandwidth_Bps)
+            columns = ("latency_s", "bandwidth_Bps", "overhead_s")
+            graph.add_edge(src, dst, link=link, **{name: float(getattr(self, name)[link]) for name in columns})
         return graph
 
     def egress_Bps(self, devices: ArrayLike) -> NDArray[np.float64]:
@@ -159,8 +161,8 @@ class Cluster:
                 )
         tail, head, nodes = self._ends()
         try:
-            return topologies.fewest_hops(tail, head, nodes, sources, targets)
-        except topologies.NoRoute as missing:
+            return routing.fewest_hops(tail, head, nodes, sources, targets)
+        except routing.NoRoute as missing:
             pair = missing.args[0]
             a, b = self.devices[sources[pair]], self.devices[targets[pair]]
             raise ConfigError(
@@ -193,15 +195,17 @@ def build(spec: ClusterFile, name: str, document: yamlfile.Document | None = Non
     for path, link in used.items():
         if link not in spec.links:
             hint = yamlfile.near(link, spec.links)
-            raise where.error(
-                ("topology", *path), f"unknown link {shown(link)}; expected one of `links`{hint}"
-            )
+            raise where.error(("topology", *path), f"unknown link {shown(link)}; expected one of `links`{hint}")
     for link in spec.links:
         if link not in used.values():
             hint = yamlfile.near(link, sorted(set(used.values())))
             raise where.error(("links", link), f"unused link; expected `topology` to name it{hint}")
     links = {
-        link: topologies.Link(latency_s=entry.latency.value, bandwidth_Bps=entry.bandwidth.value)
+        link: topologies.Link(
+            latency_s=entry.latency.value,
+            bandwidth_Bps=entry.bandwidth.value,
+            overhead_s=entry.overhead.value if entry.overhead is not None else 0.0,
+        )
         for link, entry in spec.links.items()
     }
     reduce_Bps = spec.reduce.bandwidth.value if spec.reduce is not None else math.inf
@@ -223,8 +227,9 @@ def _from_shape(shape: topologies.Shape, name: str, title: str, reduce_Bps: floa
         devices=tuple(shape.devices),
         link_src=tuple(edge.src for edge in shape.edges),
         link_dst=tuple(edge.dst for edge in shape.edges),
-        latency_s=np.array([edge.latency_s for edge in shape.edges]),
-        bandwidth_Bps=np.array([edge.bandwidth_Bps for edge in shape.edges]),
+        latency_s=np.array([edge.link.latency_s for edge in shape.edges]),
+        bandwidth_Bps=np.array([edge.link.bandwidth_Bps for edge in shape.edges]),
+        overhead_s=np.array([edge.link.overhead_s for edge in shape.edges]),
         reduce_bandwidth_Bps=np.full(len(shape.devices), reduce_Bps),
     )
 
@@ -233,9 +238,7 @@ def ideal(ranks: int) -> Cluster:
     """Return `ranks` devices behind one ideal switch: the default where no cluster is named."""
     if ranks < 1:
         raise ConfigError(f"{ranks} ranks; expected a whole number from 1, such as 8")
-    link = topologies.Link(
-        latency_s=parse_time_s(IDEAL_LATENCY), bandwidth_Bps=parse_bandwidth_Bps(IDEAL_BANDWIDTH)
-    )
+    link = topologies.Link(latency_s=parse_time_s(IDEAL_LATENCY), bandwidth_Bps=parse_bandwidth_Bps(IDEAL_BANDWIDTH))
     title = f"ideal switch: {IDEAL_BANDWIDTH} per device each way, {IDEAL_LATENCY} per message, free addition"
     return _from_shape(topologies.switch(ranks, link, prefix="device"), "ideal", title, math.inf)
 
@@ -246,7 +249,7 @@ def parse(content: bytes | str, name: str, file: str) -> Cluster:
 
 
 def _from_document(document: yamlfile.Document, name: str) -> Cluster:
-    return build(yamlfile.validate(document, ClusterFile), name, document)
+    return build(validation.validate(document, ClusterFile), name, document)
 
 
 def load(name_or_path: str) -> Cluster:

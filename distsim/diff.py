@@ -28,7 +28,9 @@ def diff(first: RunRecord, second: RunRecord) -> list[Line]:
     for name in ("strategy", "workers", "params", "dtype"):
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
-            raise ConfigError(f"these are records of different exchanges: {name} is {ours} in one, {theirs} in the other")
+            raise ConfigError(
+                f"these are records of different exchanges: {name} is {ours} in one, {theirs} in the other"
+            )
     lines = [_equal("schedule digest", first.schedule_digest[:12], second.schedule_digest[:12])]
     one, other = _per_exchange(first), _per_exchange(second)
     for name in ("messages", "bytes", "message_sizes", "links"):

@@ -152,10 +152,10 @@ def _successors(graph: TaskGraph) -> tuple[Index, Index]:
 def _waiting_cycle(graph: TaskGraph, waiting: Index, next_ptr: Index, following: Index) -> str:
     """Find one cycle of tasks that wait for each other and say who waits for whom."""
     waiting = waiting.copy()
-    ready = list(np.flatnonzero(waiting == 0))
+    ready: list[int] = np.flatnonzero(waiting == 0).tolist()
     while ready:
         task = ready.pop()
-        for waiter in following[next_ptr[task] : next_ptr[task + 1]]:
+        for waiter in following[next_ptr[task] : next_ptr[task + 1]].tolist():
             waiting[waiter] -= 1
             if waiting[waiter] == 0:
                 ready.append(waiter)
@@ -164,12 +164,12 @@ def _waiting_cycle(graph: TaskGraph, waiting: Index, next_ptr: Index, following:
         int(after): int(before)
         for before, after in zip(graph.before[stuck[graph.before]], graph.after[stuck[graph.before]], strict=True)
     }
-    path: list[int] = []
+    path: dict[int, int] = {}
     task = int(np.argmax(stuck))
     while task not in path:
-        path.append(task)
+        path[task] = len(path)
         task = blocked_by[task]
-    cycle = path[path.index(task) :]
+    cycle = list(path)[path[task] :]
     lines = [
         f"  {graph.describe(waiter)} waits for {graph.describe(cycle[(i + 1) % len(cycle)])}"
         for i, waiter in enumerate(cycle[:20])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distsim.cluster import Cluster
-from distsim.engine import TaskGraph
+from distsim.engine import Ints, TaskGraph
 from distsim.schedule import Dependencies, Exchange, Op, Schedule, dependencies
 
 Index = npt.NDArray[np.int64]
@@ -55,16 +55,18 @@ class _Tasks:
 def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
     """Lower an exchange of elements of `itemsize` bytes; rank r runs on device r of the cluster.
 
-    A transfer holds every link of its route for its bytes over the least bandwidth on it and arrives the sum
-    of the latencies later. An apply holds its rank's processor while it adds. Updates take no time; they keep
-    a rank's parameters from being shared before all of its gradients are in.
+    A transfer holds every link of its route for its bytes over the least bandwidth on it, and the greatest
+    overhead on it; it arrives the sum of the latencies later. An apply holds its rank's processor while it
+    adds. Updates take no time; they keep a rank's parameters from being shared before all of its gradients
+    are in.
     """
     ranks = exchange.ranks
     traffic = exchange.traffic(itemsize)
     pairs = traffic.link_src * ranks + traffic.link_dst
     ptr, links = cluster.routes(traffic.link_src, traffic.link_dst)
-    path_bandwidth_Bps = np.minimum.reduceat(cluster.bandwidth_Bps[links], ptr[:-1]) if len(pairs) else pairs
-    path_latency_s = np.add.reduceat(cluster.latency_s[links], ptr[:-1]) if len(pairs) else pairs
+    path_bandwidth_Bps = _along(np.minimum, cluster.bandwidth_Bps, ptr, links)
+    path_overhead_s = _along(np.maximum, cluster.overhead_s, ptr, links)
+    path_latency_s = _along(np.add, cluster.latency_s, ptr, links)
     processor_route = len(pairs)  # routes: one for each pair that talks, then one for each rank's processor
     resources = len(cluster.bandwidth_Bps) + ranks
 
@@ -75,7 +77,8 @@ def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
         waits = dependencies(schedule)
         route = np.searchsorted(pairs, schedule.src.astype(np.int64) * ranks + schedule.dst)
         row_bytes = schedule.elements() * itemsize
-        rows = tasks.add(row_bytes / path_bandwidth_Bps[route], path_latency_s[route], route)
+        holding_s = row_bytes / path_bandwidth_Bps[route] + path_overhead_s[route]
+        rows = tasks.add(holding_s, path_latency_s[route], route)
         added_bytes = additions(schedule, waits) * schedule.chunk_elements[waits.chunk] * itemsize
         adding_s = added_bytes / cluster.reduce_bandwidth_Bps[waits.dst]
         groups = tasks.add(adding_s, 0.0, processor_route + waits.dst.astype(np.int64))
@@ -104,6 +107,11 @@ def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
         describe=lambda task: _describe(task, transfers, applies, plans),
     )
     return Lowered(graph=graph, transfers=tuple(transfers), applies=tuple(applies))
+
+
+def _along(combine: np.ufunc, values: npt.NDArray[np.float64], ptr: Ints, links: Ints) -> npt.NDArray[np.float64]:
+    """Combine a column of the links along each route; every route has links."""
+    return combine.reduceat(values[links], ptr[:-1]) if len(links) else np.zeros(0)
 
 
 def additions(schedule: Schedule, waits: Dependencies) -> Index:

@@ -227,7 +227,7 @@ class Exchange:
 
     def updates(self) -> Bools:
         """Which ranks hold a complete gradient sum after `gradients` and so update, shape (ranks,)."""
-        return self.gradients.must_hold.any(axis=1)
+        return np.asarray(self.gradients.must_hold.any(axis=1))
 
     def traffic(self, itemsize: int) -> Traffic:
         """Count the messages and bytes of both schedules."""
@@ -329,4 +329,4 @@ def _same(place: npt.NDArray[np.int64], index: npt.NDArray[np.int64], wanted: np
     inside = (index >= 0) & (index < len(place))
     if not len(place):
         return inside
-    return inside & (place[np.clip(index, 0, len(place) - 1)] == wanted)
+    return np.asarray(inside & (place[np.clip(index, 0, len(place) - 1)] == wanted))

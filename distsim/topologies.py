@@ -2,7 +2,7 @@
 
 Latency convention: a kind of link costs its `latency` once per message, paid on the way up (to the switch);
 the way down, from a switch to a device, costs nothing. So a message device -> switch -> device takes exactly
-the `latency` of the file, and one over a direct edge between two devices too.
+the `latency` of the file, and one over a direct edge between two devices too. The same holds for `overhead`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -31,9 +29,6 @@ from distsim.yamlfile import near
 MAX_COUNT = 65_536
 """Largest count in a file: beyond it a typo is likelier than a cluster."""
 
-_SEARCH_STATES = 4_000_000
-"""Pairs of (start, node) that one search holds at once, about 60 MB."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
@@ -41,6 +36,11 @@ class Link:
 
     latency_s: float
     bandwidth_Bps: float
+    overhead_s: float = 0.0
+
+    def without_delay(self) -> Link:
+        """Return the way back: the same bandwidth, at no latency and no overhead."""
+        return Link(latency_s=0.0, bandwidth_Bps=self.bandwidth_Bps)
 
 
 class Edge(NamedTuple):
@@ -48,8 +48,7 @@ class Edge(NamedTuple):
 
     src: str
     dst: str
-    latency_s: float
-    bandwidth_Bps: float
+    link: Link
 
 
 class Shape(NamedTuple):
@@ -76,8 +75,8 @@ def parse_flag(text: object) -> bool:
 
 def _ends(device: str, switch: str, link: Link) -> Iterator[Edge]:
     """A device's cable to a switch: latency on the way up, none on the way down."""
-    yield Edge(device, switch, link.latency_s, link.bandwidth_Bps)
-    yield Edge(switch, device, 0.0, link.bandwidth_Bps)
+    yield Edge(device, switch, link)
+    yield Edge(switch, device, link.without_delay())
 
 
 def switch(devices: int, link: Link, *, prefix: str = "gpu", hub: str = "switch") -> Shape:
@@ -89,11 +88,10 @@ def switch(devices: int, link: Link, *, prefix: str = "gpu", hub: str = "switch"
 def bus(devices: int, link: Link, *, prefix: str = "process") -> Shape:
     """All messages share one link, as in the kernel's loopback: device -> bus.in -> bus.out -> device."""
     names = [f"{prefix}{i}" for i in range(devices)]
-    free = Link(latency_s=0.0, bandwidth_Bps=link.bandwidth_Bps)
-    edges = [Edge("bus.in", "bus.out", link.latency_s, link.bandwidth_Bps)]
+    edges = [Edge("bus.in", "bus.out", link)]
     for name in names:
-        edges.append(Edge(name, "bus.in", free.latency_s, free.bandwidth_Bps))
-        edges.append(Edge("bus.out", name, free.latency_s, free.bandwidth_Bps))
+        edges.append(Edge(name, "bus.in", link.without_delay()))
+        edges.append(Edge("bus.out", name, link.without_delay()))
     return Shape(names, edges)
 
 
@@ -110,7 +108,7 @@ def nodes(
     Device i of a node uses NIC `i * nics_per_node // devices_per_node`. A message between nodes costs the
     NIC's latency, plus that of PCIe where given, once end to end. `inside` is None for nodes of one device.
     """
-    pcie = pcie or Link(latency_s=0.0, bandwidth_Bps=nic.bandwidth_Bps)
+    pcie = pcie or nic.without_delay()
     names: list[str] = []
     edges: list[Edge] = []
     for node in range(nodes):
@@ -124,88 +122,6 @@ def nodes(
             edges += _ends(f"node{node}.nic{i}", "network", nic)
         names += local
     return Shape(names, edges)
-
-
-Indices = NDArray[np.int64]
-
-
-class NoRoute(Exception):
-    """There is no route for the pair whose index is the argument."""
-
-
-def fewest_hops(
-    tail: Indices, head: Indices, nodes: int, src: Indices, dst: Indices
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return routes in CSR form: from node `src[i]` to `dst[i]` over `links[ptr[i]:ptr[i + 1]]`, in order.
-
-    Link k leads from `tail[k]` to `head[k]`. Ties go to what a breadth-first search finds that tries links in
-    ascending order. Raises NoRoute.
-    """
-    by_tail, by_head = np.argsort(tail, kind="stable"), np.argsort(head, kind="stable")
-    out_ptr = np.searchsorted(tail[by_tail], np.arange(nodes + 1))
-    in_ptr = np.searchsorted(head[by_head], np.arange(nodes + 1))
-    # A node with one link out, or with one link in, leaves no choice: search only between their other ends.
-    # Behind a single switch that leaves nothing to search, however many devices there are.
-    start, end = src.copy(), dst.copy()
-    first, last = np.full(len(src), -1), np.full(len(src), -1)
-    forced = (np.diff(out_ptr)[start] == 1) & (start != end)
-    first[forced] = by_tail[out_ptr[start[forced]]]
-    start[forced] = head[first[forced]]
-    forced = (np.diff(in_ptr)[end] == 1) & (start != end)
-    last[forced] = by_head[in_ptr[end[forced]]]
-    end[forced] = tail[last[forced]]
-
-    columns = [last]  # links of every route from its end backwards; -1 where a route has none
-    todo = np.flatnonzero(start != end)
-    starts, block_of = np.unique(start[todo], return_inverse=True)
-    block = max(1, _SEARCH_STATES // max(nodes, 1))
-    for low in range(0, len(starts), block):
-        parent = _search(starts[low : low + block], head, nodes, by_tail, out_ptr)
-        mine = (low <= block_of) & (block_of < low + block)
-        rows, root, here = todo[mine], block_of[mine] - low, end[todo[mine]]
-        hop = 0
-        while rows.size:
-            hop += 1
-            if hop == len(columns):
-                columns.append(np.full(len(src), -1))
-            link = parent[root, here]
-            if (link < 0).any():
-                raise NoRoute(int(rows[link < 0][0]))
-            columns[hop][rows] = link
-            here = tail[link]
-            going = here != start[rows]
-            rows, root, here = rows[going], root[going], here[going]
-    table = np.stack([*columns, first])[::-1].T
-    used = table >= 0
-    ptr = np.concatenate(([0], np.cumsum(used.sum(axis=1))))
-    return ptr.astype(np.int32), table[used].astype(np.int32)
-
-
-def _search(
-    starts: Indices, head: Indices, nodes: int, by_tail: Indices, out_ptr: Indices
-) -> NDArray[np.int32]:
-    """Search breadth-first from all `starts`: per (start, node) the link that first reached it, or -1."""
-    parent = np.full(len(starts) * nodes, -1, np.int32)
-    seen = np.zeros(len(starts) * nodes, np.bool_)
-    frontier = np.arange(len(starts)) * nodes + starts  # states: start number * nodes + node
-    seen[frontier] = True
-    first = np.empty(len(seen), np.int64)
-    degree = np.diff(out_ptr)
-    while frontier.size:
-        node = frontier % nodes
-        count = degree[node]
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        links = by_tail[np.repeat(out_ptr[node], count) + within]
-        state = np.repeat(frontier - node, count) + head[links]
-        fresh = ~seen[state]
-        links, state = links[fresh], state[fresh]
-        numbers = np.arange(len(state))
-        first[state[::-1]] = numbers[::-1]  # the last write wins: the earliest link to each state
-        chosen = first[state] == numbers
-        frontier = state[chosen]
-        parent[frontier] = links[chosen]
-        seen[frontier] = True
-    return parent.reshape(len(starts), nodes)
 
 
 class _Model(BaseModel):
@@ -268,9 +184,7 @@ class NodesTopology(_Model):
     def _when_needed(cls, value: str | None, info: ValidationInfo) -> str | None:
         per_node = info.data.get("devices_per_node")
         if value is None and per_node is not None and per_node > 1:
-            raise ConfigError(
-                f"{per_node} devices per node need a link between them; expected `inside: nvlink`"
-            )
+            raise ConfigError(f"{per_node} devices per node need a link between them; expected `inside: nvlink`")
         if value is not None and per_node == 1:
             raise ConfigError("a node of 1 device has no link inside; expected no key 'inside'")
         return value
@@ -307,9 +221,7 @@ class EdgesTopology(_Model):
 
     kind: Literal["edges"]
     devices: tuple[Name, ...] = Field(min_length=1, max_length=MAX_COUNT, examples=["[gpu0, gpu1]"])
-    edges: tuple[EdgeEntry, ...] = Field(
-        min_length=1, examples=["[{from: gpu0, to: gpu1, link: nvlink, both: true}]"]
-    )
+    edges: tuple[EdgeEntry, ...] = Field(min_length=1, examples=["[{from: gpu0, to: gpu1, link: nvlink, both: true}]"])
 
     @field_validator("devices")
     @classmethod
@@ -353,10 +265,8 @@ class EdgesTopology(_Model):
             link = links[entry.link]
             for src, dst in [(entry.src, entry.dst)] + [(entry.dst, entry.src)] * entry.both:
                 way_down = src not in devices and dst in devices
-                edges.append(Edge(src, dst, 0.0 if way_down else link.latency_s, link.bandwidth_Bps))
+                edges.append(Edge(src, dst, link.without_delay() if way_down else link))
         return Shape(list(self.devices), edges)
 
 
-Topology = Annotated[
-    SwitchTopology | BusTopology | NodesTopology | EdgesTopology, Field(discriminator="kind")
-]
+Topology = Annotated[SwitchTopology | BusTopology | NodesTopology | EdgesTopology, Field(discriminator="kind")]

@@ -32,14 +32,15 @@ class Traffic:
         size = np.asarray(message_bytes, dtype=np.int64)
         pair = np.asarray(src, dtype=np.int64) * ranks + np.asarray(dst, dtype=np.int64)
         sizes, size_counts = np.unique(size, return_counts=True)
+        message_sizes = dict(zip(sizes.tolist(), size_counts.tolist(), strict=True))
         links, where, link_messages = np.unique(pair, return_inverse=True, return_counts=True)
         link_bytes = np.zeros(len(links), dtype=np.int64)
         np.add.at(link_bytes, where, size)
         return Traffic(
             ranks=ranks,
             messages=len(size),
-            bytes=int(size.sum()),
-            message_sizes=dict(zip(sizes.tolist(), size_counts.tolist(), strict=True)),
+            bytes=sum(each * count for each, count in message_sizes.items()),  # exact, beyond 64 bits too
+            message_sizes=message_sizes,
             link_src=links // ranks,
             link_dst=links % ranks,
             link_messages=link_messages.astype(np.int64),

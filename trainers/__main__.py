@@ -6,19 +6,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
+from distsim.cli import Parser
 from distsim.errors import ConfigError, DistsimError
 from distsim.exchanges import STRATEGIES
-
 from trainers.config import DTYPES, RunConfig
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are our errors, so that only one rank of a node prints them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+if TYPE_CHECKING:
+    from trainers.report import Summary
 
 
 def parser() -> Parser:
@@ -60,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    summary: Summary | None
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     rest = f"--strategy {flags.strategy} --steps {flags.steps}"
     values = {name: getattr(flags, name) for name in RunConfig.__dataclass_fields__ if hasattr(flags, name)}

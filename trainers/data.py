@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from distsim.errors import ConfigError
 
 
@@ -31,7 +32,8 @@ class Text:
         """
         random = np.random.default_rng((seed, step))
         first = random.integers(0, len(self.data) - length + 1, size=count)
-        return self.data[first[:, None] + np.arange(length)].astype(np.int64)
+        windows: npt.NDArray[np.int64] = self.data[first[:, None] + np.arange(length)].astype(np.int64)
+        return windows
 
 
 def load_text(path: str | None, least_bytes: int) -> Text:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
-from distsim.schedule import Op, Schedule, Source, dependencies
 from torch import Tensor
 
+from distsim.schedule import Bools, Op, Schedule, Source, dependencies
 from trainers.transport import Message, Request, Transport
 
 
@@ -31,10 +32,11 @@ class ScheduleRunner:
         hosted = np.zeros(schedule.ranks, dtype=bool)
         hosted[list(ranks)] = True
         edges = np.concatenate(([0], np.cumsum(schedule.chunk_elements))).tolist()
-        self._slices = [slice(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+        self._slices = [slice(first, last) for first, last in pairwise(edges)]
         self._steps = _by_step(schedule, hosted)
-        self._groups = np.flatnonzero(hosted[self.waits.dst])
-        self._groups = self._groups[np.argsort(self.waits.step[self._groups], kind="stable")].tolist()
+        mine = np.flatnonzero(hosted[self.waits.dst])
+        self._groups: list[int] = mine[np.argsort(self.waits.step[mine], kind="stable")].tolist()
+        self._after_group: list[int] = self.waits.after_group.tolist()
         self._gated_by: defaultdict[int, list[int]] = defaultdict(list)
         for row in np.flatnonzero(hosted[schedule.src] & (self.waits.gates_group >= 0)).tolist():
             self._gated_by[int(self.waits.gates_group[row])].append(row)
@@ -73,15 +75,12 @@ class _Run:
 
     def execute(self) -> list[int]:
         schedule, runner = self.runner.schedule, self.runner
-        after_group = self.waits.after_group
+        after_group: list[int] = runner._after_group
         for send_rows, receive_rows in runner._steps:
             for row in send_rows:
-                if after_group[row] >= 0:
-                    self.apply(int(after_group[row]))
+                self.apply(after_group[row])
             sends = [self._message(row, self._read(row)) for row in send_rows]
-            receives = [
-                self._message(row, runner._staging.take(self._landing(row))) for row in receive_rows
-            ]
+            receives = [self._message(row, runner._staging.take(self._landing(row))) for row in receive_rows]
             sending, arriving = runner.transport.post(runner.which, sends, receives)
             self.sending.update(zip(send_rows, sending, strict=True))
             for message, request in zip(receives, arriving, strict=True):
@@ -159,7 +158,7 @@ def _sum_in_order(own: Tensor, terms: list[Tensor]) -> None:
         own.copy_(total)
 
 
-def _by_step(schedule: Schedule, hosted: np.ndarray) -> list[tuple[list[int], list[int]]]:
+def _by_step(schedule: Schedule, hosted: Bools) -> list[tuple[list[int], list[int]]]:
     """For each step in which a hosted rank takes part: the rows that it sends and the rows that it receives."""
     sent, received = hosted[schedule.src], hosted[schedule.dst]
     rows = np.flatnonzero(sent | received)

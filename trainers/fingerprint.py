@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-from distsim.errors import ConfigError
-from distsim.schedule import Exchange
 from torch import nn
 
+from distsim.errors import ConfigError
+from distsim.schedule import Exchange
 from trainers.config import RunConfig
 from trainers.data import Text
 

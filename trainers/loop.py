@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from distsim.errors import DistsimError
-from distsim.schedule import Exchange
 from torch import Tensor, nn
 
+from distsim.errors import DistsimError
+from distsim.schedule import Exchange
 from trainers.config import RunConfig
 from trainers.data import Text
 from trainers.exchange import ScheduleRunner
@@ -88,7 +88,6 @@ def train(
     flat = FlatModel.of(model)
     works, updates = rank < exchange.workers, bool(exchange.updates()[rank])
     runners = [ScheduleRunner(part, [rank], transport, which) for which, part in enumerate(exchange.schedules())]
-    buffers = (flat.gradients, flat.parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
     result = RankResult()
 
@@ -98,10 +97,12 @@ def train(
         if works:
             tokens = language_model.batch(config, text, step, rank).to(flat.parameters.device)
             loss = language_model.loss(model, tokens)
-            loss.backward()
+            torch.autograd.backward(loss)
             result.losses.append(float(loss.detach()))
             if not result.losses[-1] < float("inf"):
-                raise DistsimError(f"step {step}: the loss on rank {rank} is {result.losses[-1]}; lower the learning rate")
+                raise DistsimError(
+                    f"step {step}: the loss on rank {rank} is {result.losses[-1]}; lower the learning rate"
+                )
 
         synchronize(flat.parameters.device)
         transport.log.restart()
@@ -123,6 +124,7 @@ def train(
             synchronize(flat.parameters.device)
             exchange_ended = time.monotonic()
 
+        barrier()  # nobody computes on while others still exchange: processes may share cores
         between = update_ended - update_began if exchange_ended > update_ended else 0.0
         result.exchange_s.append((exchange_began, exchange_ended, between))
         result.step_s.append(time.monotonic() - began)

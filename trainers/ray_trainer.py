@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+
 from distsim import exchanges
 from distsim.check import check
 from distsim.errors import ConfigError, DistsimError
-
+from distsim.schedule import ITEMSIZE
 from trainers import data, report
 from trainers.config import RunConfig
 from trainers.fingerprint import Fingerprint, agree, fingerprint
 from trainers.loop import RankResult, train
+from trainers.neighbours import Sample, sample
 from trainers.ray_transport import Mailbox, RayTransport
 from trainers.workloads import language_model
 
-OBJECT_STORE_BYTES = 1_000_000_000
+STORE_LEAST_BYTES = 200_000_000
 
 
 def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) -> report.Summary:
@@ -36,7 +39,7 @@ def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) 
     exchange = exchanges.build(config.strategy, config.workers, sum(p.numel() for p in model.parameters()))
     check(exchange)
     predicted = report.predict(exchange, config, cluster)
-    with session(address):
+    with session(address, exchange.traffic(ITEMSIZE[config.dtype]).bytes):
         actors = start_ranks(exchange.ranks)
         agree(collect([actor.prepare.remote(config) for actor in actors]))
         progress = report.Progress(config, enabled=True)
@@ -46,22 +49,33 @@ def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) 
     return report.finish(report.measured(config, exchange, text, results, "cpu"), predicted, out)
 
 
+def calibrate(ranks: int, sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+    """Time neighbour exchanges of `ranks` actors on a local Ray; return everybody's samples."""
+    with session(None, 4 * sum(sizes) * ranks):
+        return collect([actor.calibrate.remote(sizes, rounds) for actor in start_ranks(ranks)])
+
+
 @contextmanager
-def session(address: str | None) -> Iterator[None]:
-    """A Ray that ends with the block: a local one, gone with all its files, or a connection to `address`."""
+def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
+    """A Ray that ends with the block: a local one, gone with all its files, or a connection to `address`.
+
+    A local object store holds several exchanges, and its pages are touched beforehand: `put` into fresh pages
+    takes up to six times as long.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
     folder = Path(tempfile.mkdtemp(prefix="ray-")) if address is None else None
     try:
         if folder is None:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local",
                 num_cpus=os.cpu_count(),
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=max(STORE_LEAST_BYTES, 3 * exchange_bytes),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
             )
@@ -75,8 +89,13 @@ def session(address: str | None) -> Iterator[None]:
 
 
 def start_ranks(ranks: int) -> list[Any]:
-    """Start an actor for each rank and tell all of them of each other."""
-    actors = [Rank.remote(rank) for rank in range(ranks)]
+    """Start an actor for each rank and tell all of them of each other.
+
+    An actor is never restarted: it would go on from fresh state.
+    """
+    make_actor: Any = ray.remote  # Ray's own types do not know all of its options
+    actor_class = make_actor(num_cpus=0, max_concurrency=4, max_restarts=0)(Rank)
+    actors = [actor_class.remote(rank) for rank in range(ranks)]
     collect([actor.connect.remote(actors) for actor in actors])
     return actors
 
@@ -104,12 +123,8 @@ def collect(running: list[Any], meanwhile: Any = None) -> list[Any]:
     return list(ray.get(running))
 
 
-@ray.remote(num_cpus=0, max_concurrency=4, max_restarts=0)
 class Rank:
-    """One rank: the training loop in one thread, deliveries and questions in others.
-
-    It is never restarted: a restarted actor would go on from fresh state.
-    """
+    """One rank, a Ray actor: the training loop in one thread, deliveries and questions in others."""
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(1)
@@ -146,6 +161,11 @@ class Rank:
             barrier=self._transport.barrier,
             report=self._report,
         )
+
+    def calibrate(self, sizes: Sequence[int], rounds: int) -> list[Sample]:
+        """Time neighbour exchanges with the other ranks."""
+        transport = self._transport
+        return sample(self._rank, transport.ranks, transport, transport.barrier, sizes, rounds, torch.device("cpu"))
 
     def progress(self) -> tuple[int, float | None]:
         """Steps done so far, and the last loss."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from distsim.errors import DistsimError
 from torch import Tensor
 
+from distsim.errors import DistsimError
 from trainers.transport import Done, Message, Request, Transport
 
 DELIVERY_TIMEOUT_S = 300.0
@@ -55,6 +55,11 @@ class RayTransport(Transport):
         self._sent = [0] * len(peers)
         self._received = [0] * len(peers)
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self._peers)
+
     def barrier(self) -> None:
         """Wait for all ranks. Signals carry no data and are not counted."""
         if self._rank == 0:
@@ -66,9 +71,7 @@ class RayTransport(Transport):
             self._deliver(0, [])
             self._take(0)
 
-    def _start(
-        self, sends: Sequence[Message], receives: Sequence[Message]
-    ) -> tuple[list[Request], list[Request]]:
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         arriving = [_Arriving(self, message.src, self._next(message.src), message.tensor) for message in receives]
         for message in sends:
             # Explicit put of a flat array and a nested reference: twice as fast as passing the array itself.

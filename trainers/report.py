@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from distsim import record
 from distsim.cluster import load
 from distsim.errors import DistsimError
@@ -21,8 +23,6 @@ from distsim.schedule import Exchange
 from distsim.step import simulate
 from distsim.traffic import Traffic
 from distsim.units import format_time
-from tqdm import tqdm
-
 from trainers.config import RunConfig
 from trainers.data import Text
 from trainers.loop import RankResult
@@ -47,7 +47,8 @@ class Summary:
             else f"{totals.messages} messages, {totals.bytes} bytes in {run.exchanges} exchanges"
         )
         lines = [
-            f"{run.strategy}: {run.workers} workers, {run.params} parameters ({run.dtype}), on {run.configuration['text_name']}",
+            f"{run.strategy}: {run.workers} workers, {run.params:,} parameters ({run.dtype}), "
+            f"on {run.configuration['text_name']}",
             f"  loss      {run.losses[0]:.4f} -> {run.losses[-1]:.4f}",
             f"  sent      {sent}",
             f"  exchange  {format_time(run.time_s)} (median)",
@@ -135,9 +136,12 @@ def _traffic(exchange: Exchange, results: Sequence[RankResult]) -> Traffic:
 
 
 def _exchange_times(results: Sequence[RankResult]) -> list[float]:
-    """Of each step: from the first rank's start to the last rank's end, less the longest update in between."""
+    """Of each step: from when all ranks have begun until the last is done, less the longest update in between."""
     times = np.array([result.exchange_s for result in results])  # (ranks, steps, [start, end, update])
-    return (times[:, :, 1].max(axis=0) - times[:, :, 0].min(axis=0) - times[:, :, 2].max(axis=0)).tolist()
+    seconds: list[float] = (
+        times[:, :, 1].max(axis=0) - times[:, :, 0].max(axis=0) - times[:, :, 2].max(axis=0)
+    ).tolist()
+    return seconds
 
 
 def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans:

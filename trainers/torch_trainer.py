@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
 from distsim import exchanges
 from distsim.check import check
 from distsim.errors import ConfigError
-from torch import Tensor
-
 from trainers import data, report
 from trainers.config import RunConfig
 from trainers.fingerprint import agree, fingerprint
-from trainers.loop import RankResult, train
+from trainers.loop import train
+from trainers.neighbours import Sample, sample
 from trainers.transport import TorchTransport
 from trainers.workloads import language_model
+
+Result = TypeVar("Result")
 
 MEETING_TIMEOUT = timedelta(seconds=120)
 
@@ -63,6 +70,16 @@ def run(config: RunConfig, cluster: str | None, out: Path) -> report.Summary | N
     return report.finish(measured, predicted, out)
 
 
+def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]] | None]:
+    """Time neighbour exchanges of all ranks; return the backend, and on rank 0 everybody's samples."""
+    device = _device()
+    with ProcessGroup(device) as group:
+        group.agree({"configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
+        group.start()
+        mine = sample(group.rank, group.world_size, TorchTransport(), dist.barrier, sizes, rounds, device)
+        return dist.get_backend(), group.gather(mine)
+
+
 def all_reduce(gradients: Tensor) -> None:
     """Sum by the library's own all-reduce, whose messages nobody sees."""
     dist.all_reduce(gradients)
@@ -76,8 +93,8 @@ class ProcessGroup:
         if int(os.environ["WORLD_SIZE"]) == int(os.environ["LOCAL_WORLD_SIZE"]):
             names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])  # one machine: nothing leaves it
-        store, self.rank, self.world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
-        self.store = dist.PrefixStore("distsim", store)
+        store, self.rank, self.world_size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
+        self.store = PrefixStore("distsim", store)
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -111,11 +128,11 @@ class ProcessGroup:
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world_size)
         dist.barrier()
 
-    def gather(self, result: RankResult) -> list[RankResult] | None:
+    def gather(self, result: Result) -> list[Result] | None:
         """Bring every rank's result to rank 0."""
-        results: list[RankResult | None] | None = [None] * self.world_size if self.rank == 0 else None
+        results: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(result, results)
-        return None if results is None else [part for part in results if part is not None]
+        return results
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if dist.is_initialized():

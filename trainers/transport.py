@@ -70,9 +70,7 @@ class Transport(ABC):
         return requests
 
     @abstractmethod
-    def _start(
-        self, sends: Sequence[Message], receives: Sequence[Message]
-    ) -> tuple[list[Request], list[Request]]:
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         """Start the messages of one step; return their requests in the given orders."""
 
 
@@ -83,9 +81,7 @@ class TorchTransport(Transport):
     its receive in one group.
     """
 
-    def _start(
-        self, sends: Sequence[Message], receives: Sequence[Message]
-    ) -> tuple[list[Request], list[Request]]:
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         operations = [dist.P2POp(dist.irecv, message.tensor, message.src) for message in receives]
         operations += [dist.P2POp(dist.isend, message.tensor, message.dst) for message in sends]
         if not operations:
@@ -103,9 +99,7 @@ class LocalTransport(Transport):
         super().__init__()
         self._queues: defaultdict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
-    def _start(
-        self, sends: Sequence[Message], receives: Sequence[Message]
-    ) -> tuple[list[Request], list[Request]]:
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         for message in sends:
             self._queues[message.src, message.dst].append(message.tensor.clone())
         filled = [_LocalReceive(self._queues[message.src, message.dst], message.tensor) for message in receives]

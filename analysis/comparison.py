@@ -1,0 +1,74 @@
+"""Simulated and measured records of the same exchanges, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from distsim.record import NOT_OBSERVABLE, RunRecord, Totals, read
+from distsim.units import format_time
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One exchange, simulated and measured."""
+
+    simulated: RunRecord
+    measured: RunRecord
+
+    @property
+    def error(self) -> float:
+        """Relative error of the simulated time: -0.1 means that it is 10 % below the measured median."""
+        return self.simulated.time_s / self.measured.time_s - 1
+
+
+def read_pairs(folder: Path) -> list[Pair]:
+    """Read every NAME.simulated.json of a folder that has a NAME.measured.json beside it, by name.
+
+    Raises: ConfigError if a record cannot be read.
+    """
+    pairs = []
+    for simulated in sorted(folder.glob("*.simulated.json")):
+        measured = simulated.with_name(simulated.name.replace(".simulated.", ".measured."))
+        if measured.exists():
+            pairs.append(Pair(read(simulated), read(measured)))
+    return pairs
+
+
+def comparison_table(pairs: Sequence[Pair]) -> str:
+    """Return the table of messages, bytes, times and losses; counts are those of the whole training run."""
+    headers = [
+        "strategy",
+        *("messages\nsimulated", "messages\nmeasured", "bytes\nsimulated", "bytes\nmeasured"),
+        *("exchange\nsimulated", "exchange\nmeasured", "error", "first\nloss", "last\nloss"),
+    ]
+    rows = [
+        [
+            pair.measured.strategy,
+            *_counts(pair, "messages"),
+            *_counts(pair, "bytes"),
+            format_time(pair.simulated.time_s),
+            format_time(pair.measured.time_s),
+            f"{pair.error:+.0%}",
+            f"{pair.measured.losses[0]:.4f}",
+            f"{pair.measured.losses[-1]:.4f}",
+        ]
+        for pair in pairs
+    ]
+    first = pairs[0].measured
+    head = f"{first.workers} workers, {first.params:,} parameters ({first.dtype}), {first.exchanges} steps"
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    return f"{head}\n\n{tabulate(rows, headers=headers, colalign=align, disable_numparse=True)}"
+
+
+def _counts(pair: Pair, name: str) -> tuple[str, str]:
+    """The simulated count of as many exchanges as were measured, and the measured one."""
+    simulated, measured = pair.simulated.totals, pair.measured.totals
+    exchanges = pair.measured.exchanges // pair.simulated.exchanges
+    return (
+        f"{getattr(simulated, name) * exchanges:,}" if isinstance(simulated, Totals) else NOT_OBSERVABLE,
+        f"{getattr(measured, name):,}" if isinstance(measured, Totals) else NOT_OBSERVABLE,
+    )
