@@ -29,10 +29,20 @@ def check(exchange: Exchange, seed: int = 0) -> None:
     workers = slice(0, exchange.workers)
     sized = exchange.gradients.chunk_elements > 0
     final = exchange.parameters
+    if not 1 <= exchange.workers <= exchange.ranks:
+        raise ScheduleError(f"an exchange of {exchange.workers} workers cannot run on {exchange.ranks} ranks")
+    is_worker = np.arange(exchange.ranks) < exchange.workers
+    strange = (exchange.gradients.contributes != is_worker[:, None]) & sized
+    if strange.any():
+        rank, chunk = (int(index) for index in np.argwhere(strange)[0])
+        who = f"worker {rank} does not contribute" if is_worker[rank] else f"rank {rank}, a server, contributes"
+        raise ScheduleError(f"{who} to chunk {chunk} of the gradients")
     if final is None:
         if not exchange.gradients.must_hold[workers, sized].all():
             raise ScheduleError("some worker never gets the gradients, and no parameters are shared")
         return
+    if final.ranks != exchange.ranks:
+        raise ScheduleError(f"gradients go among {exchange.ranks} ranks, parameters among {final.ranks}")
     check_schedule(final, seed)
     if not np.array_equal(final.chunk_elements, exchange.gradients.chunk_elements):
         raise ScheduleError("gradients and parameters are cut into different chunks")
@@ -86,12 +96,12 @@ def replay(
     """
     work = contributions.copy()
     held = schedule.contributes.copy()
-    steps = np.arange(schedule.steps + 1)
-    row_ptr = np.searchsorted(schedule.step, steps)
+    steps, first = np.unique(schedule.step, return_index=True)
+    row_ptr = np.append(first, schedule.messages)
     by_step = np.argsort(waits.step, kind="stable")
-    group_ptr = np.searchsorted(waits.step[by_step], steps)
+    group_ptr = np.append(np.searchsorted(waits.step[by_step], steps), waits.groups)
     staged = np.empty((schedule.messages, *contributions.shape[2:]), dtype=np.uint64)
-    for step in range(schedule.steps):
+    for step in range(len(steps)):
         rows = slice(row_ptr[step], row_ptr[step + 1])
         src, chunk, own = schedule.src[rows], schedule.chunk[rows], schedule.source[rows] == Source.INPUT
         absent = ~np.where(own, schedule.contributes[src, chunk], held[src, chunk])

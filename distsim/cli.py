@@ -28,9 +28,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 where a comparison fails, 2 for a user's mistake."""
     try:
-        flags = _parser().parse_args(argv)
-        code: int = flags.command(flags)
-        sys.stdout.flush()
+        try:
+            flags = _parser().parse_args(argv)
+            code: int = flags.command(flags)
+        finally:  # `--help` and `--version` leave by SystemExit
+            sys.stdout.flush()
         return code
     except DistsimError as error:
         print(f"distsim: error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distsim.errors import ConfigError
 from distsim.schedule import ITEMSIZE
@@ -21,7 +21,8 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A training that diverges has losses that JSON has no numbers for; they are written as "NaN".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Totals(_Frozen):
@@ -72,6 +73,12 @@ class Spans(_Frozen):
     start_s: list[float]
     finish_s: list[float]
 
+    @model_validator(mode="after")
+    def _equally_long(self) -> Spans:
+        if len({len(column) for _, column in self}) > 1:
+            raise ValueError("the columns are not equally long")
+        return self
+
 
 class RunRecord(_Frozen):
     """One run of one strategy. Times in seconds, sizes in bytes."""
@@ -89,7 +96,7 @@ class RunRecord(_Frozen):
     """How many exchanges the totals cover."""
     totals: Totals | Literal["not observable"]
     """Not observable where a library hides its messages."""
-    exchange_time_s: list[Annotated[float, Field(ge=0)]]
+    exchange_time_s: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
     """Of each exchange."""
     losses: list[float] = []
     """Of each step, the mean over the workers."""
@@ -142,17 +149,24 @@ def from_simulation(simulation: Simulation) -> RunRecord:
 
 
 def write(record: RunRecord, path: Path) -> None:
-    """Write a record as JSON: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a record as JSON: whole or not at all.
+
+    Raises: ConfigError naming the file if it cannot be written.
+    """
+    text = record.model_dump_json(indent=1) + "\n"
+    partial = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        with partial.open("w") as file:
-            file.write(record.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write it: {error.strerror}") from error
 
 
 def read(path: Path) -> RunRecord:
@@ -174,3 +188,5 @@ def read(path: Path) -> RunRecord:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigError(f"{path}: not a run record: {place}: {first['msg']}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path}: not a run record: {error}") from error

@@ -93,7 +93,7 @@ class Schedule:
         Raises: ScheduleError if the table is malformed (see `Schedule`).
         """
         table = np.broadcast_arrays(*np.atleast_1d(step, src, dst, chunk, op, source))
-        columns = [np.ascontiguousarray(column).reshape(-1) for column in table]
+        columns = [_integers(name, column) for name, column in zip(COLUMNS, table, strict=True)]
         shape = (ranks, len(chunk_elements))
         if columns[3].size and not 0 <= columns[3].min() <= columns[3].max() < shape[1]:
             raise ScheduleError(f"a transfer names a chunk outside 0..{shape[1] - 1}")
@@ -102,15 +102,15 @@ class Schedule:
         steps, senders, receivers, chunks = (column[rows].astype(np.int32) for column in columns[:4])
         return Schedule(
             ranks=ranks,
-            chunk_elements=chunk_elements,
+            chunk_elements=np.array(chunk_elements),
             step=steps,
             src=senders,
             dst=receivers,
             chunk=chunks,
             op=columns[4][rows].astype(np.int8),
             source=columns[5][rows].astype(np.int8),
-            contributes=np.broadcast_to(np.asarray(contributes, dtype=bool), shape),
-            must_hold=np.broadcast_to(np.asarray(must_hold, dtype=bool), shape),
+            contributes=_flags("contributes", contributes, shape),
+            must_hold=_flags("must_hold", must_hold, shape),
         )
 
     def __post_init__(self) -> None:
@@ -121,9 +121,12 @@ class Schedule:
             if column.shape != self.step.shape:
                 raise ScheduleError(f"column {name} has shape {column.shape}, step has {self.step.shape}")
         self.chunk_elements.flags.writeable = False
+        if self.chunk_elements.dtype != np.int64 or self.chunk_elements.ndim != 1 or (self.chunk_elements < 0).any():
+            raise ScheduleError("chunk_elements must be a row of 64-bit integers, none of them negative")
         if self.ranks < 1:
             raise ScheduleError(f"a schedule needs at least 1 rank, not {self.ranks}")
         for name in ("contributes", "must_hold"):
+            getattr(self, name).flags.writeable = False
             if getattr(self, name).shape != (self.ranks, self.chunks):
                 raise ScheduleError(f"{name} must have shape (ranks, chunks) = {(self.ranks, self.chunks)}")
         limits = {"src": self.ranks, "dst": self.ranks, "chunk": self.chunks, "op": 2, "source": 2}
@@ -195,6 +198,25 @@ class Schedule:
             f"row {row} (step {self.step[row]}: rank {self.src[row]} {verb} rank {self.dst[row]}, "
             f"chunk {self.chunk[row]}, from {value})"
         )
+
+
+def _integers(name: str, column: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    """Flatten a column of whole numbers that fit into the table's 32 bits."""
+    if column.size and column.dtype.kind not in "iu":
+        raise ScheduleError(f"column {name} must hold whole numbers, not {column.dtype}")
+    limit = 127 if name in ("op", "source") else 2**31 - 1
+    if column.size and not -limit <= column.min() <= column.max() <= limit:
+        raise ScheduleError(f"column {name} holds numbers beyond {limit}")
+    return np.ascontiguousarray(column, dtype=np.int64).reshape(-1)
+
+
+def _flags(name: str, value: npt.ArrayLike, shape: tuple[int, int]) -> Bools:
+    """Copy a table of flags, and repeat it as often as it takes to fill `shape`."""
+    given = np.array(value, dtype=bool)
+    try:
+        return np.broadcast_to(given, shape)
+    except ValueError:
+        raise ScheduleError(f"{name} has shape {given.shape}, wanted (ranks, chunks) = {shape}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -16,8 +16,8 @@ STRATEGIES: dict[str, Callable[[int, int], Exchange]] = {
 
 
 MAX_WORKERS = 4096
-"""Most workers: a ring of 4,096 has 33.5 million rows (about 5 GB while they are checked); tables for more do not
-fit in memory."""
+"""Most workers: a ring of 4,096 has 33.5 million rows, which take gigabytes while they are built and checked;
+tables for more do not fit in memory."""
 
 MAX_PARAMS = 2**47
 """Most parameters: up to here all that one rank of MAX_WORKERS receives, in bytes of float64, fits in 63 bits."""
