@@ -19,13 +19,14 @@ help:
 	@echo 'PYTHON=/path/to/python chooses the interpreter that .venv is made with (3.11 or newer)'
 
 demo: install
-	$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 
 # Always asked, instant when there is nothing to do: tools/install.py keeps a stamp in .venv.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distsim import __version__, exchanges
-from distsim.errors import ConfigError, DistsimError
+from distsim.errors import ConfigError, DistsimError, TooFewDevices
 from distsim.schedule import ITEMSIZE
 
 if TYPE_CHECKING:  # what takes long to import is imported by the commands that need it
@@ -108,6 +108,7 @@ def _exchange(flags: argparse.Namespace) -> int:
         ("  bound: any algorithm", format_time(simulation.any_algorithm_bound_s)),
         ("algbw", _bandwidth(simulation.algbw_Bps)),
         ("busbw", _bandwidth(simulation.busbw_Bps)),
+        ("peak staging of a rank", format_bytes(simulation.peak_staging_bytes)),
     ]
     print(f"{exchange.strategy}: {_setting(simulation.cluster, flags)}\n")
     print(table(("one exchange", ""), rows))
@@ -115,9 +116,18 @@ def _exchange(flags: argparse.Namespace) -> int:
 
 
 def _compare(flags: argparse.Namespace) -> int:
-    simulations = [_simulate(strategy, flags) for strategy in exchanges.STRATEGIES]
+    simulations: list[Simulation] = []
+    misfits: dict[str, str] = {}
+    for strategy in exchanges.STRATEGIES:
+        try:
+            simulations.append(_simulate(strategy, flags))
+        except TooFewDevices as error:
+            misfits[strategy] = str(error)
+    if not simulations:
+        raise ConfigError(next(iter(misfits.values())))
     if flags.json:
-        print(json.dumps([_values(simulation) for simulation in simulations], indent=1))
+        failed = [{"strategy": strategy, "ranks": flags.ranks, "error": why} for strategy, why in misfits.items()]
+        print(json.dumps([*map(_values, simulations), *failed], indent=1))
         return 0
     from distsim.tables import table
     from distsim.units import format_bytes, format_time
@@ -139,8 +149,10 @@ def _compare(flags: argparse.Namespace) -> int:
     ]
     print(f"{_setting(simulations[0].cluster, flags)}\n")
     print(table(headers, rows))
-    least = max(simulation.any_algorithm_bound_s for simulation in simulations)
-    print(f"\nany algorithm needs at least {format_time(least)}")
+    for strategy, why in misfits.items():
+        print(f"{strategy}: does not fit: {why}")
+    least = max(one.any_algorithm_bound_s for one in simulations if one.exchange.ranks == one.exchange.workers)
+    print(f"\nany algorithm on these {flags.ranks} devices needs at least {format_time(least)}")
     return 0
 
 
@@ -224,6 +236,7 @@ def _values(simulation: Simulation) -> dict[str, Any]:
         "any_algorithm_bound_s": simulation.any_algorithm_bound_s,
         "algbw_Bps": simulation.algbw_Bps,
         "busbw_Bps": simulation.busbw_Bps,
+        "peak_staging_bytes": simulation.peak_staging_bytes,
     }
 
 

@@ -17,6 +17,10 @@ class ConfigError(DistsimError):
     """A file, flag or value that cannot be used."""
 
 
+class TooFewDevices(ConfigError):
+    """An exchange that has more ranks than the cluster has devices."""
+
+
 class ScheduleError(DistsimError):
     """A schedule that is malformed or does not do what its postcondition promises."""
 

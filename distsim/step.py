@@ -10,9 +10,9 @@ from distsim import bounds, engine
 from distsim.check import check
 from distsim.cluster import Cluster
 from distsim.engine import Timeline
-from distsim.errors import ConfigError
+from distsim.errors import TooFewDevices
 from distsim.lower import Lowered, lower
-from distsim.schedule import ITEMSIZE, Exchange
+from distsim.schedule import ITEMSIZE, Exchange, dependencies
 from distsim.traffic import Traffic
 
 
@@ -28,6 +28,8 @@ class Simulation:
     timeline: Timeline
     traffic: Traffic
     """Messages and bytes of the transfers that were run: all of the schedule's rows, or the engine raises."""
+    peak_staging_bytes: int
+    """The most that any rank has to set aside for what has begun to arrive and is not yet applied."""
     latency_bound_s: float
     """The longest chain of latencies of this schedule on this cluster."""
     bandwidth_bound_s: float
@@ -57,12 +59,12 @@ def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Si
 
     Rank r runs on the cluster's device r; `dtype` is the type of an element, a key of `ITEMSIZE`.
 
-    Raises: ConfigError if the cluster has too few devices; ScheduleError if the exchange is wrong.
+    Raises: TooFewDevices if the cluster has too few devices; ScheduleError if the exchange is wrong.
     """
     if exchange.ranks > len(cluster.devices):
         servers = exchange.ranks - exchange.workers
         what = f"{exchange.workers} workers" + (f" and {servers} server" if servers else "")
-        raise ConfigError(
+        raise TooFewDevices(
             f"cluster {cluster.name} has {len(cluster.devices)} devices, but {exchange.strategy} with {what} "
             f"needs {exchange.ranks}; use fewer ranks or a larger cluster (`distsim clusters` lists them)"
         )
@@ -79,6 +81,7 @@ def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Si
         lowered=lowered,
         timeline=timeline,
         traffic=traffic,
+        peak_staging_bytes=_peak_staging_bytes(exchange, itemsize, lowered, timeline),
         latency_bound_s=engine.run(replace(lowered.graph, duration_s=np.zeros(lowered.graph.tasks))).makespan_s,
         bandwidth_bound_s=bounds.busiest_link_s(traffic, cluster),
         any_algorithm_bound_s=bounds.any_algorithm_s(exchange.workers, exchange.ranks, array_bytes, cluster),
@@ -87,3 +90,20 @@ def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Si
         least = getattr(simulation, bound)
         assert simulation.time_s >= least * (1 - 1e-9), f"simulated {simulation.time_s} s beats {bound} {least} s"
     return simulation
+
+
+def _peak_staging_bytes(exchange: Exchange, itemsize: int, lowered: Lowered, timeline: Timeline) -> int:
+    """Return the greatest sum, over time and ranks, of the messages between their start and their apply's end."""
+    rank, begin, end, size = [], [], [], []
+    for schedule, rows, groups in zip(exchange.schedules(), lowered.transfers, lowered.applies, strict=True):
+        rank.append(schedule.dst)
+        begin.append(timeline.start_s[rows])
+        end.append(timeline.finish_s[groups[dependencies(schedule).group_of_row]])
+        size.append(schedule.elements() * itemsize)
+    ranks, sizes = np.concatenate(rank), np.concatenate(size)
+    times = np.concatenate((*begin, *end))
+    change = np.concatenate((sizes, -sizes))
+    where = np.concatenate((ranks, ranks))
+    order = np.lexsort((change, times, where))  # of one time, what is freed goes before what is taken
+    staged = np.cumsum(change[order])  # every rank ends at zero, so the next one starts there
+    return int(staged.max(initial=0))

@@ -9,37 +9,41 @@ import tempfile
 import time
 from pathlib import Path
 
+from trainers.calibrate import model_params
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 OUT = Path("runs") / "demo"
 WORKERS, STEPS = 4, 50
 TORCHRUN = f"torchrun --nproc-per-node {WORKERS} -m"
-PARAMS = 842_496  # of the language model that is trained by default; calibration and simulation take it from there
 
-COMMANDS = {
-    "Simulate the three strategies on a shipped cluster": [
-        f"distsim compare --ranks {WORKERS} --params {PARAMS} --cluster ethernet_16x10g",
-    ],
-    "Calibrate: a few seconds of neighbour exchanges, over gloo and over Ray": [
-        f"{TORCHRUN} trainers.calibrate --out {OUT}/gloo.yaml",
-        f"python -m trainers.calibrate --workers {WORKERS} --out {OUT}/ray.yaml",
-    ],
-    f"Train for real on {WORKERS} processes, each strategy simulated first": [
-        f"{TORCHRUN} trainers --strategy ring --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
-        f"{TORCHRUN} trainers --strategy all-to-all --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
-        f"python -m trainers --strategy parameter-server --workers {WORKERS} --steps {STEPS}"
-        f" --cluster {OUT}/ray.yaml --out {OUT}",
-    ],
-    "Compare: simulated and measured": [f"python -m analysis {OUT}"],
-}
+
+def commands(params: int) -> dict[str, list[str]]:
+    """Return the commands under their headings; the simulated exchange has as many parameters as the trained one."""
+    return {
+        "Simulate the three strategies on a shipped cluster": [
+            f"distsim compare --ranks {WORKERS} --params {params} --cluster ethernet_16x10g",
+        ],
+        "Calibrate: a few seconds of neighbour exchanges, over gloo and over Ray": [
+            f"{TORCHRUN} trainers.calibrate --out {OUT}/gloo.yaml",
+            f"python -m trainers.calibrate --workers {WORKERS} --out {OUT}/ray.yaml",
+        ],
+        f"Train for real on {WORKERS} processes, each strategy simulated first": [
+            f"{TORCHRUN} trainers --strategy ring --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
+            f"{TORCHRUN} trainers --strategy all-to-all --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
+            f"python -m trainers --strategy parameter-server --workers {WORKERS} --steps {STEPS}"
+            f" --cluster {OUT}/ray.yaml --out {OUT}",
+        ],
+        "Compare: simulated and measured": [f"python -m analysis {OUT}"],
+    }
 
 
 def main() -> int:
     """Run the commands in order; stop at the first that fails."""
     began = time.monotonic()
-    for title, commands in COMMANDS.items():
+    for title, lines in commands(model_params()).items():
         print(f"\n== {title}", flush=True)
-        for command in commands:
+        for command in lines:
             print(f"$ {command}", flush=True)
             code = run(command)
             if code:
@@ -54,7 +58,9 @@ def run(command: str) -> int:
     program, *arguments = command.split()
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         environment = {**os.environ, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([str(BIN / program), *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [str(BIN / program), *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
+        )
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distsim.cli import Parser
-from distsim.errors import ConfigError, DistsimError
+from distsim.errors import ConfigError, DistsimError, nearest
 from distsim.exchanges import STRATEGIES
 from trainers.config import DTYPES, RunConfig
 
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from trainers.report import Summary
 
 
+def strategy(name: str) -> str:
+    """Accept the name of a strategy."""
+    if name not in STRATEGIES:
+        raise argparse.ArgumentTypeError(f"unknown strategy {name!r}{nearest(name, STRATEGIES)}")
+    return name
+
+
 def parser() -> Parser:
     """Return the command line's flags; each means one thing, and RunConfig says what."""
     flags = Parser(prog="trainers", description=__doc__, allow_abbrev=False)
-    flags.add_argument("--strategy", required=True, choices=STRATEGIES)
+    flags.add_argument("--strategy", required=True, type=strategy, help=f"one of: {', '.join(STRATEGIES)}")
     flags.add_argument("--workers", type=int, help="parameter-server: how many (torchrun's ranks otherwise)")
     flags.add_argument("--steps", type=int, default=50, help="optimizer steps (default 50)")
     flags.add_argument("--batch-size", type=int, default=4, help="sequences per worker and step (default 4)")

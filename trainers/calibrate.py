@@ -25,6 +25,7 @@ from distsim.errors import ConfigError, DistsimError
 from distsim.units import format_bandwidth, format_time
 from trainers.config import RunConfig
 from trainers.neighbours import Sample
+from trainers.timing import together_s
 from trainers.workloads import language_model
 
 ROUNDS = 25
@@ -53,7 +54,7 @@ def fit(ranks: int, results: Sequence[Sequence[Sample]]) -> Fit:
     times = []
     for parts in zip(*results, strict=True):
         spans = np.array([part.exchanges for part in parts])  # (ranks, rounds, [start, end])
-        times.append(np.median(spans[:, :, 1].max(axis=0) - spans[:, :, 0].max(axis=0)))
+        times.append(np.median(together_s(spans, [part.machine for part in parts])))
     measured = np.array(times)
     messages = np.array([part.steps * ranks for part in results[0]], dtype=float)
     message_bytes = np.array([part.message_bytes for part in results[0]], dtype=float)
@@ -118,10 +119,12 @@ def _calibrate(flags: argparse.Namespace) -> None:
             "  python -m trainers.calibrate --workers 4 --out ray.yaml"
         )
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else flags.workers + 1
-    params = flags.params if flags.params is not None else _model_params()
+    params = flags.params if flags.params is not None else model_params()
     if params < ranks or ranks < 2:
         raise ConfigError(f"calibration needs at least 2 ranks and a parameter for each, not {ranks} and {params}")
     sizes = (params // ranks, params)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"calibrating with {ranks} ranks: some 10 s ...", file=sys.stderr)
     if under_torchrun:
         from trainers import torch_trainer
 
@@ -140,12 +143,11 @@ def _calibrate(flags: argparse.Namespace) -> None:
         f"{format_time(found.overhead_s)} a message, "
         f"additions {format_bandwidth(found.reduce_bandwidth_Bps)} a rank; "
         f"fit within {found.worst_error:.0%}; wrote {flags.out}",
-        file=sys.stderr,
     )
 
 
-def _model_params() -> int:
-    """Parameters of the language model that is trained by default."""
+def model_params() -> int:
+    """Count the parameters of the language model that is trained by default."""
     model = language_model.build(RunConfig(strategy="ring", workers=1))
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -19,6 +19,7 @@ from trainers.config import RunConfig
 from trainers.data import Text
 from trainers.exchange import ScheduleRunner
 from trainers.fingerprint import model_digest
+from trainers.timing import machine
 from trainers.transport import Transport, synchronize
 from trainers.workloads import language_model
 
@@ -37,6 +38,8 @@ class RankResult:
     sent: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
     received: dict[tuple[int, int], float] = field(default_factory=dict)
     """The last exchange's messages by (schedule, row): time and bytes when sent, time when received."""
+    machine: str = ""
+    """Whose clock the times are of."""
     staging_bytes: int = 0
     model_digest: str = ""
 
@@ -73,15 +76,13 @@ def train(
     exchange: Exchange,
     rank: int,
     transport: Transport,
-    barrier: Callable[[], None],
     reduce_gradients: Callable[[Tensor], None] | None = None,
     report: Callable[[int, float | None], None] = lambda steps, loss: None,
 ) -> RankResult:
     """Train `model` in place as rank `rank` of an exchange; return this rank's part of the record.
 
-    `reduce_gradients` replaces the gradients' schedule by a library's own all-reduce. `barrier` lets every
-    exchange begin on all ranks at once, so that its time is its own. `report` gets the number of
-    finished steps and the last loss.
+    `reduce_gradients` replaces the gradients' schedule by a library's own all-reduce. `report` gets the number
+    of finished steps and the last loss. Barriers around every exchange make its time its own.
 
     Raises: DistsimError if the loss is not finite.
     """
@@ -89,7 +90,7 @@ def train(
     works, updates = rank < exchange.workers, bool(exchange.updates()[rank])
     runners = [ScheduleRunner(part, [rank], transport, which) for which, part in enumerate(exchange.schedules())]
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
-    result = RankResult()
+    result = RankResult(machine=machine())
 
     for step in range(config.steps):
         began = time.monotonic()
@@ -106,7 +107,7 @@ def train(
 
         synchronize(flat.parameters.device)
         transport.log.restart()
-        barrier()
+        transport.barrier()
         exchange_began = time.monotonic()
         if reduce_gradients is None:
             runners[0].run({rank: flat.gradients})
@@ -124,7 +125,7 @@ def train(
             synchronize(flat.parameters.device)
             exchange_ended = time.monotonic()
 
-        barrier()  # nobody computes on while others still exchange: processes may share cores
+        transport.barrier()  # nobody computes on while others still exchange: processes may share cores
         between = update_ended - update_began if exchange_ended > update_ended else 0.0
         result.exchange_s.append((exchange_began, exchange_ended, between))
         result.step_s.append(time.monotonic() - began)

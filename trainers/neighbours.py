@@ -18,6 +18,7 @@ from distsim.schedule import Op, Schedule, Source
 from trainers import data
 from trainers.config import RunConfig
 from trainers.exchange import ScheduleRunner
+from trainers.timing import machine
 from trainers.transport import Transport, synchronize
 from trainers.workloads import language_model
 
@@ -37,6 +38,8 @@ class Sample:
     message_bytes: int
     exchanges: list[tuple[float, float]]
     additions_s: list[float]
+    machine: str = ""
+    """Whose clock the times are of."""
 
 
 def neighbours(ranks: int, elements: int, steps: int) -> Schedule:
@@ -76,7 +79,6 @@ def sample(
     rank: int,
     ranks: int,
     transport: Transport,
-    barrier: Callable[[], None],
     sizes: Sequence[int],
     rounds: int,
     device: torch.device,
@@ -96,18 +98,18 @@ def sample(
             exchanges, additions_s = [], []
             for turn in range(rounds):
                 compute()
-                barrier()
+                transport.barrier()
                 began = time.monotonic()
                 runner.run({rank: buffers[turn % count]})
                 synchronize(device)
                 exchanges.append((began, time.monotonic()))
-                barrier()  # nobody computes on while others still exchange
+                transport.barrier()  # nobody computes on while others still exchange
             for turn in range(rounds):
                 one, other = buffers[turn % count], buffers[(turn + 1) % count]
-                barrier()
+                transport.barrier()
                 began = time.monotonic()
                 one[:elements].add_(other[:elements])
                 synchronize(device)
                 additions_s.append(time.monotonic() - began)
-            samples.append(Sample(steps, 4 * elements, exchanges, additions_s))
+            samples.append(Sample(steps, 4 * elements, exchanges, additions_s, machine()))
     return samples

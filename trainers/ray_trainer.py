@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
-    folder = Path(tempfile.mkdtemp(prefix="ray-")) if address is None else None
+    folder = _session_folder() if address is None else None
+    print("starting Ray ..." if folder else f"joining Ray at {address} ...", file=sys.stderr)
     try:
         if folder is None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -72,7 +74,7 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=os.cpu_count(),
-                object_store_memory=max(STORE_LEAST_BYTES, 3 * exchange_bytes),
+                object_store_memory=_store_bytes(exchange_bytes),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -86,6 +88,18 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _store_bytes(exchange_bytes: int) -> int:
+    """Room for three exchanges, within Ray's own limit of 30 % of this machine's memory."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(STORE_LEAST_BYTES, min(3 * exchange_bytes, int(0.3 * memory_bytes)))
+
+
+def _session_folder() -> Path:
+    """Make a folder for a session's files: its sockets' paths, some 70 characters longer, must stay below 107."""
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) < 25 else "/tmp"))
 
 
 def start_ranks(ranks: int) -> list[Any]:
@@ -158,14 +172,13 @@ class Rank:
             self._exchange,
             self._rank,
             self._transport,
-            barrier=self._transport.barrier,
             report=self._report,
         )
 
     def calibrate(self, sizes: Sequence[int], rounds: int) -> list[Sample]:
         """Time neighbour exchanges with the other ranks."""
         transport = self._transport
-        return sample(self._rank, transport.ranks, transport, transport.barrier, sizes, rounds, torch.device("cpu"))
+        return sample(self._rank, transport.ranks, transport, sizes, rounds, torch.device("cpu"))
 
     def progress(self) -> tuple[int, float | None]:
         """Steps done so far, and the last loss."""

@@ -26,6 +26,7 @@ from distsim.units import format_time
 from trainers.config import RunConfig
 from trainers.data import Text
 from trainers.loop import RankResult
+from trainers.timing import together_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def measured(
         totals=NOT_OBSERVABLE if config.transport == "library" else Totals.of(_traffic(exchange, results)),
         exchange_time_s=_exchange_times(results),
         losses=np.mean([result.losses for result in results[: exchange.workers]], axis=0).tolist(),
-        spans=None if config.transport == "library" else _spans(exchange, results),
+        spans=_spans(exchange, results),
         configuration={
             **asdict(config),
             "text_name": text.name,
@@ -136,16 +137,21 @@ def _traffic(exchange: Exchange, results: Sequence[RankResult]) -> Traffic:
 
 
 def _exchange_times(results: Sequence[RankResult]) -> list[float]:
-    """Of each step: from when all ranks have begun until the last is done, less the longest update in between."""
+    """Of each step: how long the exchange took all ranks, less the longest update in its midst."""
     times = np.array([result.exchange_s for result in results])  # (ranks, steps, [start, end, update])
     seconds: list[float] = (
-        times[:, :, 1].max(axis=0) - times[:, :, 0].max(axis=0) - times[:, :, 2].max(axis=0)
+        together_s(times, [result.machine for result in results]) - times[:, :, 2].max(axis=0)
     ).tolist()
     return seconds
 
 
-def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans:
-    """Join senders' and receivers' views of the last exchange's messages, in schedule and row order."""
+def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans | None:
+    """Join senders' and receivers' views of the last exchange's messages, in schedule and row order.
+
+    None where there is nothing to join: a library hid the messages, or the ranks' clocks differ.
+    """
+    if not any(result.sent for result in results) or len({result.machine for result in results}) > 1:
+        return None
     began = min(result.exchange_s[-1][0] for result in results)
     sent = {row: value for result in results for row, value in result.sent.items()}
     received = {row: value for result in results for row, value in result.received.items()}

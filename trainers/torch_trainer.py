@@ -58,7 +58,6 @@ def run(config: RunConfig, cluster: str | None, out: Path) -> report.Summary | N
             exchange,
             rank,
             transport,
-            barrier=dist.barrier,
             reduce_gradients=all_reduce if config.transport == "library" else None,
             report=progress.show,
         )
@@ -76,7 +75,7 @@ def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]
     with ProcessGroup(device) as group:
         group.agree({"configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
         group.start()
-        mine = sample(group.rank, group.world_size, TorchTransport(), dist.barrier, sizes, rounds, device)
+        mine = sample(group.rank, group.world_size, TorchTransport(), sizes, rounds, device)
         return dist.get_backend(), group.gather(mine)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -70,6 +70,10 @@ class Transport(ABC):
         return requests
 
     @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    @abstractmethod
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         """Start the messages of one step; return their requests in the given orders."""
 
@@ -80,6 +84,9 @@ class TorchTransport(Transport):
     A step's messages go out as one batch, receives first: gloo has no eager path, and NCCL wants a send and
     its receive in one group.
     """
+
+    def barrier(self) -> None:
+        dist.barrier()
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         operations = [dist.P2POp(dist.irecv, message.tensor, message.src) for message in receives]
@@ -93,17 +100,33 @@ class TorchTransport(Transport):
 
 
 class LocalTransport(Transport):
-    """All ranks in one process, for tests with hundreds of ranks: a queue for each ordered pair."""
+    """All ranks in one process, for tests with hundreds of ranks.
+
+    The n-th receive posted for an ordered pair gets the n-th message sent, whichever is waited for first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._queues: defaultdict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._letters: dict[tuple[int, int, int], Tensor] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._received: Counter[tuple[int, int]] = Counter()
+
+    def barrier(self) -> None:
+        pass
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
         for message in sends:
-            self._queues[message.src, message.dst].append(message.tensor.clone())
-        filled = [_LocalReceive(self._queues[message.src, message.dst], message.tensor) for message in receives]
-        return [Done()] * len(sends), list(filled)
+            self._letters[_address(message, self._sent)] = message.tensor.clone()
+        arriving = [
+            _LocalReceive(self._letters, _address(message, self._received), message.tensor) for message in receives
+        ]
+        return [Done()] * len(sends), list(arriving)
+
+
+def _address(message: Message, numbers: Counter[tuple[int, int]]) -> tuple[int, int, int]:
+    """Number a message among those of its ordered pair."""
+    numbers[message.src, message.dst] += 1
+    return message.src, message.dst, numbers[message.src, message.dst]
 
 
 class Done:
@@ -115,11 +138,12 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class _LocalReceive:
-    queue: deque[Tensor]
+    letters: dict[tuple[int, int, int], Tensor]
+    address: tuple[int, int, int]
     target: Tensor
 
     def wait(self) -> None:
-        self.target.copy_(self.queue.popleft())
+        self.target.copy_(self.letters.pop(self.address))
 
 
 def synchronize(device: torch.device) -> None:

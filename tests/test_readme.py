@@ -1,0 +1,103 @@
+"""Runs the README's commands: its console blocks show what they really print.
+
+A block ```console is compared to the letter. In a block ```console measured, what follows depends on the
+machine: there every number is taken for any number. `make demo` runs as what it calls; `make test` would run
+this test again and is left to CI.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BIN = Path(sys.executable).parent
+
+
+class Shown(NamedTuple):
+    """One command of the README and what it is shown to print."""
+
+    command: str
+    output: str
+    measured: bool
+
+
+def shown_commands() -> list[Shown]:
+    """Every `$ command` of the README's console blocks, in order."""
+    found = []
+    for kind, block in re.findall(r"^```console( measured)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            found.append(Shown(command, output.rstrip("\n"), bool(kind)))
+    return found
+
+
+def shape(text: str) -> list[str]:
+    """The lines of a text without what differs from run to run: numbers, their units, rules and spacing."""
+    text = re.sub(r"[-+]?\d[\d.,]*( ?(ns|us|ms|s|[kMGT]?B(/s)?|%))?", "#", text)
+    lines = [re.sub(r"[-\s]+", " ", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+COMMANDS = shown_commands()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reader who types one command after the other."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
+def test_command_prints_what_the_readme_shows(shown: Shown, folder: Path) -> None:
+    if shown.command == "make test":
+        pytest.skip("this is part of it")
+    command = shown.command.replace("make demo", f"python {ROOT / 'tools' / 'demo.py'}")
+    run = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    fails = "error: " in shown.output
+    assert run.returncode == (2 if fails else 0), run.stderr
+    printed = (run.stderr if fails else run.stdout).rstrip("\n")
+    if shown.measured:
+        head, _, tail = shown.output.partition("\n...\n")  # a line of dots stands for lines left out
+        lines = shape(printed)
+        assert lines[: len(shape(head))] == shape(head)
+        assert not tail or lines[-len(shape(tail)) :] == shape(tail)
+    else:
+        assert printed == shown.output
+
+
+def test_the_readme_shows_both_commands_on_its_first_screen() -> None:
+    first_screen = "\n".join(README.splitlines()[:40])
+    assert "make demo" in first_screen and "make test" in first_screen
+
+
+def test_the_files_to_read_first_exist() -> None:
+    (listed,) = re.findall(r"^## Six files to read first\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    files = re.findall(r"^\d\. \[`([^`]+)`\]\(([^)]+)\)", listed, re.MULTILINE)
+    assert len(files) == 6
+    for name, target in files:
+        assert name == target and (ROOT / target).is_file()
+
+
+def test_the_map_of_the_house_names_every_module() -> None:
+    (map_,) = re.findall(r"^## The house\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    for folder in ("distsim", "trainers", "analysis"):
+        for file in (ROOT / folder).glob("*.py"):
+            assert file.name.startswith("__init__") or file.name in map_, f"{folder}/{file.name} is not on the map"
