@@ -281,9 +281,7 @@ LARGE = {
         )
         + "reduce:",
     ),
-    "many nodes": changed(
-        SWITCH, EDGES % ",\n".join(f"{{from: gpu0, to: n{i}, link: nvlink}}" for i in range(6000))
-    ),
+    "many nodes": changed(SWITCH, EDGES % ",\n".join(f"{{from: gpu0, to: n{i}, link: nvlink}}" for i in range(6000))),
     "one long key": "k" * 200_000 + ": x\n",
     "one long text": changed("two devices", "x" * 200_000),
     "one long unit": changed("2 us", "2 " + "u" * 200_000),
@@ -347,9 +345,7 @@ nics_per_node pcie link nvlink from to both true bandwidth latency value 1 8 2us
 words = st.sampled_from(WORDS.split())
 trees = st.recursive(
     words | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(words | st.text(max_size=5), inner, max_size=6)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words | st.text(max_size=5), inner, max_size=6),
     max_leaves=25,
 )
 

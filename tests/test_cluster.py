@@ -22,9 +22,7 @@ links:
   a: {bandwidth: {value: "10 GB/s", source: s}, latency: {value: "2 us", source: s}}
   b: {bandwidth: {value: "5 GB/s", source: s}, latency: {value: "30 us", source: s}}
 """
-ONLY_A = TOP.replace(
-    '  b: {bandwidth: {value: "5 GB/s", source: s}, latency: {value: "30 us", source: s}}\n', ""
-)
+ONLY_A = TOP.replace('  b: {bandwidth: {value: "5 GB/s", source: s}, latency: {value: "30 us", source: s}}\n', "")
 US = pytest.approx
 
 
@@ -146,9 +144,7 @@ def test_no_route_names_both_devices() -> None:
     )
     assert route(cluster, 0, 1) == ["x -> y"]
     for src, dst in ((1, 0), (0, 2), (2, 1)):
-        with pytest.raises(
-            ConfigError, match=f"no route from {cluster.devices[src]} to {cluster.devices[dst]}"
-        ):
+        with pytest.raises(ConfigError, match=f"no route from {cluster.devices[src]} to {cluster.devices[dst]}"):
             cluster.routes([src], [dst])
 
 
@@ -219,9 +215,7 @@ def test_load_takes_a_path(tmp_path: Path) -> None:
     assert (cluster.name, cluster.title) == ("mine", "t")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("dgx_h10", "did you mean 'dgx_h100'?"), ("zzz", "valid: dgx_h100, ")]
-)
+@pytest.mark.parametrize(("name", "says"), [("dgx_h10", "did you mean 'dgx_h100'?"), ("zzz", "valid: dgx_h100, ")])
 def test_unknown_name(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match="unknown cluster") as caught:
         clusters.load(name)
@@ -265,7 +259,7 @@ def test_routes_are_those_of_networkx(cluster: Cluster, states: int) -> None:
                     cluster.routes([s], [d])
     src_index, dst_index = np.array(wanted).T
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distsim.topologies._SEARCH_STATES", states)
+        patch.setattr("distsim.routing._SEARCH_STATES", states)
         ptr, links = cluster.routes(src_index, dst_index)
     assert [links[ptr[i] : ptr[i + 1]].tolist() for i in range(len(wanted))] == expected
 

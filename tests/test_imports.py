@@ -21,10 +21,10 @@ HOUSE = ("distsim", "trainers", "analysis", "cluster_configs")
 # distsim's modules and subpackages, lowest layer first; a module imports from its own layer and lower ones.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"units", "errors"}),
-    frozenset({"yamlfile", "topologies", "cluster", "schedule", "traffic"}),
+    frozenset({"yamlfile", "topologies", "routing", "validation", "cluster", "schedule", "traffic"}),
     frozenset({"check", "bounds", "exchanges", "engine"}),
     frozenset({"lower", "step"}),
-    frozenset({"record"}),
+    frozenset({"record", "diff"}),
     frozenset({"tables", "cli", "__main__", "__init__"}),
 )
 # What each package may import besides itself and the standard library.
