@@ -131,6 +131,30 @@ def test_reduce_bandwidth() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("topology", "paid_on"),
+    [
+        ("{kind: switch, devices: 2, link: a}", {"gpu0 -> a.switch", "gpu1 -> a.switch"}),
+        ("{kind: bus, devices: 2, link: a}", {"bus.in -> bus.out"}),
+        ("{kind: edges, devices: [x, y], edges: [{from: x, to: y, link: a, both: true}]}", {"x -> y", "y -> x"}),
+    ],
+)
+def test_overhead_is_paid_once_where_latency_is(topology: str, paid_on: set[str]) -> None:
+    text = f"""title: t
+source: s
+topology: {topology}
+links:
+  a:
+    bandwidth: {{value: "1 GB/s", source: s}}
+    latency: {{value: "3 us", source: s}}
+    overhead: {{value: "2 us", source: s}}
+"""
+    cluster = clusters.parse(text, "overhead", "overhead.yaml")
+    paid = {cluster.link_name(link): value for link, value in enumerate(cluster.overhead_s.tolist()) if value}
+    assert paid == dict.fromkeys(paid_on, 2e-6)
+    assert (cluster.latency_s > 0).tolist() == (cluster.overhead_s > 0).tolist()
+
+
 def test_no_route_names_both_devices() -> None:
     cluster = Cluster(
         name="torn",
@@ -140,6 +164,7 @@ def test_no_route_names_both_devices() -> None:
         link_dst=("y",),
         latency_s=np.zeros(1),
         bandwidth_Bps=np.ones(1),
+        overhead_s=np.zeros(1),
         reduce_bandwidth_Bps=np.ones(3),
     )
     assert route(cluster, 0, 1) == ["x -> y"]
@@ -237,6 +262,7 @@ def random_clusters(draw: st.DrawFn) -> Cluster:
         link_dst=tuple(b for _, b in edges),
         latency_s=np.zeros(len(edges)),
         bandwidth_Bps=np.ones(len(edges)),
+        overhead_s=np.zeros(len(edges)),
         reduce_bandwidth_Bps=np.ones(devices),
     )
 
