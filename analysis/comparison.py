@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from distsim.errors import ConfigError
 from distsim.record import NOT_OBSERVABLE, RunRecord, Totals, read
 from distsim.units import format_time
 
@@ -28,13 +29,15 @@ class Pair:
 def read_pairs(folder: Path) -> list[Pair]:
     """Read every NAME.simulated.json of a folder that has a NAME.measured.json beside it, by name.
 
-    Raises: ConfigError if a record cannot be read.
+    Raises: ConfigError if a record cannot be read, or a measured one is not of a training.
     """
     pairs = []
     for simulated in sorted(folder.glob("*.simulated.json")):
         measured = simulated.with_name(simulated.name.replace(".simulated.", ".measured."))
         if measured.exists():
             pairs.append(Pair(read(simulated), read(measured)))
+            if not pairs[-1].measured.losses:
+                raise ConfigError(f"{measured}: it has no losses; expected the record of a training")
     return pairs
 
 

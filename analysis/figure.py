@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.comparison import Pair
+from distsim.errors import ConfigError
 from distsim.record import RunRecord
 
 SIMULATED, MEASURED = "#4c78a8", "#f58518"
@@ -19,7 +20,10 @@ PHASES = ("#4c78a8", "#54a24b")
 
 
 def draw(pairs: Sequence[Pair], path: Path) -> None:
-    """Write the figure as PNG: on top times and losses, below two message charts for each strategy."""
+    """Write the figure as PNG: on top times and losses, below two message charts for each strategy.
+
+    Raises: ConfigError naming the file if it cannot be written.
+    """
     matplotlib.use("agg")
     figure = Figure(figsize=(12, 3.2 + 2.6 * len(pairs)), layout="constrained")
     grid = figure.add_gridspec(1 + len(pairs), 2, height_ratios=[1.2, *[1.0] * len(pairs)])
@@ -29,7 +33,10 @@ def draw(pairs: Sequence[Pair], path: Path) -> None:
         longest = 1.05e3 * max(_end_s(pair.simulated), _end_s(pair.measured))
         for column, record in enumerate((pair.simulated, pair.measured)):
             _messages(figure.add_subplot(grid[row, column]), record, longest)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write it: {error.strerror}") from error
 
 
 def _times(axes: Axes, pairs: Sequence[Pair]) -> None:

@@ -16,6 +16,10 @@ from typing import NamedTuple
 
 import pytest
 
+from analysis.comparison import read_pairs
+from distsim.diff import agree, diff
+from distsim.exchanges import STRATEGIES
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
@@ -33,7 +37,7 @@ def shown_commands() -> list[Shown]:
     """Every `$ command` of the README's console blocks, in order."""
     found = []
     for kind, block in re.findall(r"^```console( measured)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        for part in re.split(r"(?:\A|\n\n)\$ ", block)[1:]:  # a command opens its block or follows a blank line
             command, _, output = part.partition("\n")
             found.append(Shown(command, output.rstrip("\n"), bool(kind)))
     return found
@@ -55,13 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
-def test_command_prints_what_the_readme_shows(shown: Shown, folder: Path) -> None:
-    if shown.command == "make test":
-        pytest.skip("this is part of it")
-    command = shown.command.replace("make demo", f"python {ROOT / 'tools' / 'demo.py'}")
-    run = subprocess.run(
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Type a command in a folder, with this environment's programs."""
+    return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
@@ -71,16 +71,30 @@ def test_command_prints_what_the_readme_shows(shown: Shown, folder: Path) -> Non
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
+def test_command_prints_what_the_readme_shows(shown: Shown, folder: Path) -> None:
+    if shown.command == "make test":
+        pytest.skip("this is part of it")
+    ran = run(shown.command.replace("make demo", f"python {ROOT / 'tools' / 'demo.py'}"), folder)
     fails = "error: " in shown.output
-    assert run.returncode == (2 if fails else 0), run.stderr
-    printed = (run.stderr if fails else run.stdout).rstrip("\n")
+    assert ran.returncode == (2 if fails else 0), ran.stderr
+    printed = (ran.stderr if fails else ran.stdout).rstrip("\n")
     if shown.measured:
-        head, _, tail = shown.output.partition("\n...\n")  # a line of dots stands for lines left out
-        lines = shape(printed)
-        assert lines[: len(shape(head))] == shape(head)
-        assert not tail or lines[-len(shape(tail)) :] == shape(tail)
+        head, dots, tail = f"\n{shown.output}".partition("\n...\n")  # a line of dots: lines are left out
+        lines, first, last = shape(printed), shape(head), shape(tail)
+        assert lines[: len(first)] == first and lines[len(lines) - len(last) :] == last
+        assert dots or len(lines) == len(first)
     else:
         assert printed == shown.output
+    if shown.command == "make demo":
+        pairs = read_pairs(ROOT / "runs" / "demo")
+        assert {pair.measured.strategy for pair in pairs} == set(STRATEGIES)
+        for pair in pairs:
+            assert agree(diff(pair.simulated, pair.measured))
+            assert pair.measured.losses[-1] < pair.measured.losses[0]
 
 
 def test_the_readme_shows_both_commands_on_its_first_screen() -> None:

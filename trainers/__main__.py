@@ -52,7 +52,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train; return the exit code: 0, or 2 for a user's mistake."""
+    """Train; return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
         return _run(parser().parse_args(argv))
     except DistsimError as error:
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         if local_rank == "0" or not isinstance(error, ConfigError):  # all ranks see the same ConfigError
             print(f"trainers: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(flags: argparse.Namespace) -> int:

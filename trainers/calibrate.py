@@ -50,6 +50,8 @@ def fit(ranks: int, results: Sequence[Sequence[Sample]]) -> Fit:
     """Fit t = steps * ranks * (overhead + bytes / bandwidth) to the median times, what the simulator says of them.
 
     All chains weigh the same (relative least squares); the overhead is not negative.
+
+    Raises: DistsimError if larger messages took no longer than smaller ones, from which no bandwidth can be told.
     """
     times = []
     for parts in zip(*results, strict=True):
@@ -62,6 +64,11 @@ def fit(ranks: int, results: Sequence[Sequence[Sample]]) -> Fit:
     terms, *_ = np.linalg.lstsq(design, np.ones(len(times)))
     if terms[0] < 0:
         terms = np.array([0.0, design[:, 1].sum() / (design[:, 1] ** 2).sum()])
+    if terms[1] <= 0:
+        raise DistsimError(
+            f"messages of {message_bytes.max():.0f} bytes took no longer than those of {message_bytes.min():.0f}, so "
+            "no bandwidth can be told; use more --params, or stop what else runs on this machine"
+        )
     largest = max(part.message_bytes for part in results[0])
     additions = [s for parts in results for part in parts if part.message_bytes == largest for s in part.additions_s]
     return Fit(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
     print("starting Ray ..." if folder else f"joining Ray at {address} ...", file=sys.stderr)
     try:
         if folder is None:
+            _knock(str(address))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
@@ -83,11 +85,30 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
             )
         yield
     except ConnectionError as error:
-        raise ConfigError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
+        raise ConfigError(
+            f"--ray-address {address}: no Ray cluster answers there ({error}); if it has one that wants a token, "
+            "set RAY_AUTH_MODE=token, which Ray does by itself only for clusters that it starts"
+        ) from error
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Make sure that somebody listens at HOST:PORT; Ray itself would wait for minutes.
+
+    Raises: ConfigError if that is no address; ConnectionError if nobody answers.
+    """
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--ray-address {address}: expected HOST:PORT, or auto for the cluster on this machine")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(error) from error
 
 
 def _store_bytes(exchange_bytes: int) -> int:
@@ -102,14 +123,14 @@ def _session_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) < 25 else "/tmp"))
 
 
-def start_ranks(ranks: int) -> list[Any]:
-    """Start an actor for each rank and tell all of them of each other.
+def start_ranks(ranks: int, options: Sequence[dict[str, Any]] = ()) -> list[Any]:
+    """Start an actor for each rank, with Ray's `options` of its own if given, and tell all of them of each other.
 
     An actor is never restarted: it would go on from fresh state.
     """
     make_actor: Any = ray.remote  # Ray's own types do not know all of its options
     actor_class = make_actor(num_cpus=0, max_concurrency=4, max_restarts=0)(Rank)
-    actors = [actor_class.remote(rank) for rank in range(ranks)]
+    actors = [actor_class.options(**own).remote(rank) for rank, own in enumerate(options or [{}] * ranks)]
     collect([actor.connect.remote(actors) for actor in actors])
     return actors
 
@@ -133,7 +154,8 @@ def collect(running: list[Any], meanwhile: Any = None) -> list[Any]:
             except ray.exceptions.RayActorError as error:
                 raise DistsimError(f"the actor of rank {rank} has died: {error}") from error
         if meanwhile is not None:
-            meanwhile()
+            with suppress(ray.exceptions.RayActorError):  # a rank that has just died is named in the next turn
+                meanwhile()
     return list(ray.get(running))
 
 

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distsim import exchanges
 from distsim.check import check
-from distsim.errors import ConfigError
+from distsim.errors import ConfigError, DistsimError
 from trainers import data, report
 from trainers.config import RunConfig
 from trainers.fingerprint import agree, fingerprint
@@ -93,7 +93,8 @@ class ProcessGroup:
             names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])  # one machine: nothing leaves it
         store, self.rank, self.world_size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
-        self.store = PrefixStore("distsim", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = PrefixStore(f"distsim/{attempt}", store)  # after a restart, torchrun's store may be the old one
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -110,7 +111,8 @@ class ProcessGroup:
                 self.store.wait([f"fingerprint/{rank}"], MEETING_TIMEOUT)
             except RuntimeError as error:
                 waited = f"{MEETING_TIMEOUT.total_seconds():.0f} s"
-                raise ConfigError(f"rank {rank} of {self.world_size} has not come within {waited}") from error
+                kind = ConfigError if rank else DistsimError  # rank 0, which else speaks for all, is not there
+                raise kind(f"rank {rank} of {self.world_size} has not come within {waited}") from error
             others.append(json.loads(self.store.get(f"fingerprint/{rank}")))
         agree(others)
 
@@ -138,6 +140,8 @@ class ProcessGroup:
             if error is None:
                 dist.barrier()
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo has no type of its own for it
+            raise ConfigError("the connection to another rank is lost; that rank's own message says why") from error
 
 
 def _device() -> torch.device:

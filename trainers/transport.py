@@ -60,8 +60,8 @@ class Transport(ABC):
         self, which: int, sends: Sequence[Message], receives: Sequence[Message]
     ) -> tuple[list[Request], list[Request]]:
         """Start the sends and receives of one step of schedule `which` of an exchange, and count the sends."""
+        now = time.monotonic()  # before: a receiver may have it all when the sender's call returns
         requests = self._start(sends, receives)
-        now = time.monotonic()
         for message in sends:
             size = message.tensor.numel() * message.tensor.element_size()
             self.log.counts[message.src, message.dst, size] += 1
