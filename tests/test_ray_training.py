@@ -108,6 +108,36 @@ def test_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+LISTENERS = '''
+"""Prints the addresses at which a local Ray session's processes listen, from /proc/net/tcp and tcp6."""
+
+from trainers.ray_session import session
+from trainers.ray_trainer import start_ranks
+
+
+def listening():
+    rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A"}
+
+
+before = listening()
+with session(None, 1_000_000):
+    start_ranks(2)
+    print(*sorted(listening() - before))
+'''
+
+
+def test_a_local_ray_listens_on_loopback_alone(folder: Path) -> None:
+    file = folder / "listeners.py"
+    file.write_text(LISTENERS)
+    ended = run([sys.executable, str(file)], folder)
+    assert ended.code == 0, ended.err
+    addresses = {address.rpartition(":")[0] for address in ended.out.split()}
+    assert addresses, ended.err
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same within IPv6
+    assert_nothing_is_left(ended, folder)
+
+
 def test_a_user_error_within_an_actor_is_one_message_and_leaves_nothing(folder: Path) -> None:
     """The temporary folder's path is longer than Ray's sockets allow for."""
     deep = folder / ("deep" * 20)
