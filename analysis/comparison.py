@@ -29,13 +29,19 @@ class Pair:
 def read_pairs(folder: Path) -> list[Pair]:
     """Read every NAME.simulated.json of a folder that has a NAME.measured.json beside it, by name.
 
-    Raises: ConfigError if a record cannot be read, or a measured one is not of a training.
+    Raises: ConfigError if a record cannot be read, a measured one is not of a training, or the two are of
+    different exchanges.
     """
     pairs = []
     for simulated in sorted(folder.glob("*.simulated.json")):
         measured = simulated.with_name(simulated.name.replace(".simulated.", ".measured."))
         if measured.exists():
             pairs.append(Pair(read(simulated), read(measured)))
+            for name in ("strategy", "workers", "params", "dtype", "schedule_digest"):
+                if getattr(pairs[-1].simulated, name) != getattr(pairs[-1].measured, name):
+                    raise ConfigError(
+                        f"{measured}: its {name} is not that of {simulated.name}; expected the same exchange"
+                    )
             if not pairs[-1].measured.losses:
                 raise ConfigError(f"{measured}: it has no losses; expected the record of a training")
     return pairs

@@ -27,12 +27,26 @@ def any_algorithm_s(workers: int, ranks: int, array_bytes: int, cluster: Cluster
     """
     if workers < 2 or array_bytes == 0:
         return 0.0
-    others = np.arange(1, workers)
-    first = np.zeros_like(others)
-    ptr, links = cluster.routes(np.concatenate((first, others)), np.concatenate((others, first)))
-    latency = float(np.add.reduceat(cluster.latency_s[links], ptr[:-1]).max())
+    latency = max(_farthest_s(cluster, workers, away=True), _farthest_s(cluster, workers, away=False))
     devices = np.arange(ranks)
     egress, ingress = cluster.egress_Bps(devices), cluster.ingress_Bps(devices)
     alone = array_bytes / min(egress[:workers].min(), ingress[:workers].min())
     together = 2 * (workers - 1) * array_bytes / min(egress.sum(), ingress.sum())
     return float(max(latency, alone, together))
+
+
+def _farthest_s(cluster: Cluster, workers: int, away: bool) -> float:
+    """Return the latency from worker 0 to the worker farthest away (or back), by the quickest of all paths.
+
+    Routes have the fewest hops; a contribution may take more, from device to device (Bellman and Ford).
+    """
+    tail, head, nodes = cluster.ends()
+    if not away:
+        tail, head = head, tail
+    latency_s = np.full(nodes, np.inf)
+    latency_s[0] = 0.0
+    while True:
+        before = latency_s.copy()
+        np.minimum.at(latency_s, head, before[tail] + cluster.latency_s)
+        if np.array_equal(before, latency_s):
+            return float(latency_s[:workers].max())

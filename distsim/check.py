@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distsim.errors import ScheduleError
-from distsim.schedule import Dependencies, Exchange, Op, Schedule, Source, dependencies
+from distsim.schedule import Dependencies, Exchange, Schedule, Source, dependencies
 
 Words = npt.NDArray[np.uint64]
 Combine = Callable[[Words, Words], Words]
@@ -112,7 +112,7 @@ def replay(
         staged[rows][own] = contributions[src[own], chunk[own]]
         groups = by_step[group_ptr[step] : group_ptr[step + 1]]
         at = waits.dst[groups], waits.chunk[groups]
-        work[at] = _apply(schedule, waits, groups, staged, work[at], held[at], combine)
+        work[at] = _apply(schedule, waits, groups, staged, work[at], combine)
         held[at] = True
     return work, held
 
@@ -123,13 +123,12 @@ def _apply(
     groups: npt.NDArray[np.int64],
     staged: Words,
     own: Words,
-    own_held: npt.NDArray[np.bool_],
     combine: Combine,
 ) -> Words:
     """Fold each group's arrivals in ascending rank, the receiver's own value in its place; copies stand alone."""
     first, last = waits.member_ptr[groups], waits.member_ptr[groups + 1]
     rows = waits.members[_ranges(first, last)]
-    joins = own_held & (waits.op[groups] == Op.REDUCE)
+    joins = waits.joins_own[groups]
     of_group = np.concatenate((np.repeat(np.arange(len(groups)), last - first), np.flatnonzero(joins)))
     rank = np.concatenate((schedule.src[rows], waits.dst[groups[joins]]))
     order = np.lexsort((rank, of_group))

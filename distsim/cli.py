@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # what takes long to import is imported by the commands that 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others: one message, exit code 2."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
@@ -32,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags = _parser().parse_args(argv)
             code: int = flags.command(flags)
         finally:  # `--help` and `--version` leave by SystemExit
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
         return code
     except DistsimError as error:
         print(f"distsim: error: {error}", file=sys.stderr)
@@ -45,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk behind stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"distsim: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> Parser:
@@ -227,6 +235,7 @@ def _values(simulation: Simulation) -> dict[str, Any]:
         "params": simulation.exchange.params,
         "dtype": simulation.dtype,
         "cluster": simulation.cluster.name,
+        "cluster_title": simulation.cluster.title,
         "messages": traffic.messages,
         "message_sizes": traffic.message_sizes,
         "bytes": traffic.bytes,

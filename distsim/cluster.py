@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from distsim import routing, topologies, validation, yamlfile
 from distsim.errors import ConfigError, nearest
@@ -43,17 +43,30 @@ class _Model(BaseModel):
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
+def _sane(unit: str, least: float, most: float) -> AfterValidator:
+    """Refuse numbers that no cluster has and that would overflow sums and quotients of a simulation."""
+
+    def within(value: float) -> float:
+        if value != 0 and not least <= value <= most:
+            raise ConfigError(f"{value:g} {unit} is out of range; expected {least:g} to {most:g} {unit}")
+        return value
+
+    return AfterValidator(within)
+
+
 class TimeQuantity(_Model):
     """`{value: "2 us", source: "..."}`"""
 
-    value: Annotated[float, BeforeValidator(parse_time_s)] = Field(examples=['"2 us"'])
+    value: Annotated[float, BeforeValidator(parse_time_s), _sane("s", 0, 1e6)] = Field(examples=['"2 us"'])
     source: Text = Field(examples=['"where the number comes from"'])
 
 
 class BandwidthQuantity(_Model):
     """`{value: "450 GB/s", source: "..."}`"""
 
-    value: Annotated[float, BeforeValidator(parse_bandwidth_Bps)] = Field(examples=['"450 GB/s"'])
+    value: Annotated[float, BeforeValidator(parse_bandwidth_Bps), _sane("B/s", 1e-3, 1e18)] = Field(
+        examples=['"450 GB/s"']
+    )
     source: Text = Field(examples=['"where the number comes from"'])
 
 
@@ -135,12 +148,12 @@ class Cluster:
 
     def egress_Bps(self, devices: ArrayLike) -> NDArray[np.float64]:
         """Return, for each device index, the sum of the bandwidths of the links that leave it."""
-        tail, _, nodes = self._ends()
+        tail, _, nodes = self.ends()
         return _sum_by(tail, self.bandwidth_Bps, nodes)[np.asarray(devices, np.int64)]
 
     def ingress_Bps(self, devices: ArrayLike) -> NDArray[np.float64]:
         """Return, for each device index, the sum of the bandwidths of the links that enter it."""
-        _, head, nodes = self._ends()
+        _, head, nodes = self.ends()
         return _sum_by(head, self.bandwidth_Bps, nodes)[np.asarray(devices, np.int64)]
 
     def routes(self, src: ArrayLike, dst: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -159,7 +172,7 @@ class Cluster:
                     f"cluster {self.name} has {len(self.devices)} devices, too few for device {index.max()} "
                     "(counted from 0); expected fewer ranks or a larger cluster"
                 )
-        tail, head, nodes = self._ends()
+        tail, head, nodes = self.ends()
         try:
             return routing.fewest_hops(tail, head, nodes, sources, targets)
         except routing.NoRoute as missing:
@@ -169,7 +182,7 @@ class Cluster:
                 f"{self.name}: no route from {a} to {b}; expected links from every device to every other"
             ) from None
 
-    def _ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    def ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         """Return per link the indices of its two nodes (devices come first), and the number of nodes."""
         index = {name: i for i, name in enumerate(self.devices)}
         for name in (*self.link_src, *self.link_dst):

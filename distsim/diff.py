@@ -17,7 +17,7 @@ class Line:
     first: str
     second: str
     verdict: str
-    """`equal`, `DIFFERENT`, a relative difference, or why it cannot be compared."""
+    """`equal`, `DIFFERENT`, how far the first lies above the second, or why they cannot be compared."""
 
 
 def diff(first: RunRecord, second: RunRecord) -> list[Line]:
@@ -37,13 +37,12 @@ def diff(first: RunRecord, second: RunRecord) -> list[Line]:
         lines.append(_counts(name.replace("_", " "), one, other, name))
     if first.spans is not None and second.spans is not None:
         lines.append(_messages(first.spans, second.spans))
-    error = second.time_s / first.time_s - 1 if first.time_s > 0 else 0.0
     lines.append(
         Line(
             name="exchange time",
             first=format_time(first.time_s),
             second=format_time(second.time_s),
-            verdict=f"{error:+.1%}",
+            verdict=f"{first.time_s / second.time_s - 1:+.1%}" if second.time_s > 0 else "not comparable",
         )
     )
     return lines

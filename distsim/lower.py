@@ -19,6 +19,8 @@ class Lowered:
     """A task graph, and where the parts of the exchange are in it."""
 
     graph: TaskGraph
+    waits: tuple[Dependencies, ...]
+    """Per schedule of the exchange: its `dependencies`."""
     transfers: tuple[Index, ...]
     """Per schedule of the exchange: the task of each row."""
     applies: tuple[Index, ...]
@@ -79,7 +81,7 @@ def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
         row_bytes = schedule.elements() * itemsize
         holding_s = row_bytes / path_bandwidth_Bps[route] + path_overhead_s[route]
         rows = tasks.add(holding_s, path_latency_s[route], route)
-        added_bytes = additions(schedule, waits) * schedule.chunk_elements[waits.chunk] * itemsize
+        added_bytes = additions(waits) * schedule.chunk_elements[waits.chunk] * itemsize
         adding_s = added_bytes / cluster.reduce_bandwidth_Bps[waits.dst]
         groups = tasks.add(adding_s, 0.0, processor_route + waits.dst.astype(np.int64))
         tasks.wait(groups[waits.after_group], rows, waits.after_group >= 0)
@@ -106,7 +108,8 @@ def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
         after=np.concatenate(tasks.after).astype(np.int32),
         describe=lambda task: _describe(task, transfers, applies, plans),
     )
-    return Lowered(graph=graph, transfers=tuple(transfers), applies=tuple(applies))
+    waits_of = tuple(waits for _, waits in plans)
+    return Lowered(graph=graph, waits=waits_of, transfers=tuple(transfers), applies=tuple(applies))
 
 
 def _along(combine: np.ufunc, values: npt.NDArray[np.float64], ptr: Ints, links: Ints) -> npt.NDArray[np.float64]:
@@ -114,11 +117,9 @@ def _along(combine: np.ufunc, values: npt.NDArray[np.float64], ptr: Ints, links:
     return combine.reduceat(values[links], ptr[:-1]) if len(links) else np.zeros(0)
 
 
-def additions(schedule: Schedule, waits: Dependencies) -> Index:
+def additions(waits: Dependencies) -> Index:
     """Additions that each group makes: one less than the terms of a reduce, none for a copy; shape (groups,)."""
-    own = schedule.contributes[waits.dst, waits.chunk] | (waits.previous >= 0)
-    terms = np.diff(waits.member_ptr) + own
-    return np.where(waits.op == Op.REDUCE, terms - 1, 0).astype(np.int64)
+    return np.where(waits.op == Op.REDUCE, np.diff(waits.member_ptr) + waits.joins_own - 1, 0).astype(np.int64)
 
 
 def _describe(

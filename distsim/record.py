@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distsim.errors import ConfigError
+from distsim.files import write_whole
 from distsim.schedule import ITEMSIZE
 from distsim.step import Simulation
 from distsim.traffic import Traffic
@@ -153,20 +153,7 @@ def write(record: RunRecord, path: Path) -> None:
 
     Raises: ConfigError naming the file if it cannot be written.
     """
-    text = record.model_dump_json(indent=1) + "\n"
-    partial = path.parent / f".{path.name}.{os.getpid()}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write it: {error.strerror}") from error
+    write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read(path: Path) -> RunRecord:

@@ -291,6 +291,8 @@ class Dependencies:
     chunk: Ints
     op: npt.NDArray[np.int8]
     """Per group: where and how it is applied."""
+    joins_own: Bools
+    """Per group: whether the receiver has a value of its own by then that joins the sum; never for a copy."""
 
     @property
     def groups(self) -> int:
@@ -332,17 +334,20 @@ def dependencies(schedule: Schedule) -> Dependencies:
     group_of_row = np.empty(len(step), dtype=np.int32)
     group_of_row[members] = np.repeat(np.arange(len(sizes)), sizes)
     before = np.arange(len(place)) - 1
+    previous = np.where(_same(place, before, place), before, -1).astype(np.int32)
+    dst, chunk, op = schedule.dst[members[first]], schedule.chunk[members[first]], schedule.op[members[first]]
     return Dependencies(
         after_group=after_group.astype(np.int32),
         group_of_row=group_of_row,
         gates_group=gates_group.astype(np.int32),
         member_ptr=np.concatenate(([0], np.cumsum(sizes))).astype(np.int32),
         members=members.astype(np.int32),
-        previous=np.where(_same(place, before, place), before, -1).astype(np.int32),
+        previous=previous,
         step=schedule.step[members[first]],
-        dst=schedule.dst[members[first]],
-        chunk=schedule.chunk[members[first]],
-        op=schedule.op[members[first]],
+        dst=dst,
+        chunk=chunk,
+        op=op,
+        joins_own=(op == Op.REDUCE) & (schedule.contributes[dst, chunk] | (previous >= 0)),
     )
 
 

@@ -10,9 +10,9 @@ from distsim import bounds, engine
 from distsim.check import check
 from distsim.cluster import Cluster
 from distsim.engine import Timeline
-from distsim.errors import TooFewDevices
+from distsim.errors import ConfigError, TooFewDevices, nearest
 from distsim.lower import Lowered, lower
-from distsim.schedule import ITEMSIZE, Exchange, dependencies
+from distsim.schedule import ITEMSIZE, Exchange
 from distsim.traffic import Traffic
 
 
@@ -68,6 +68,8 @@ def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Si
             f"cluster {cluster.name} has {len(cluster.devices)} devices, but {exchange.strategy} with {what} "
             f"needs {exchange.ranks}; use fewer ranks or a larger cluster (`distsim clusters` lists them)"
         )
+    if dtype not in ITEMSIZE:
+        raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, ITEMSIZE)}")
     check(exchange)
     itemsize = ITEMSIZE[dtype]
     lowered = lower(exchange, cluster, itemsize)
@@ -95,10 +97,11 @@ def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Si
 def _peak_staging_bytes(exchange: Exchange, itemsize: int, lowered: Lowered, timeline: Timeline) -> int:
     """Return the greatest sum, over time and ranks, of the messages between their start and their apply's end."""
     rank, begin, end, size = [], [], [], []
-    for schedule, rows, groups in zip(exchange.schedules(), lowered.transfers, lowered.applies, strict=True):
+    parts = zip(exchange.schedules(), lowered.waits, lowered.transfers, lowered.applies, strict=True)
+    for schedule, waits, rows, groups in parts:
         rank.append(schedule.dst)
         begin.append(timeline.start_s[rows])
-        end.append(timeline.finish_s[groups[dependencies(schedule).group_of_row]])
+        end.append(timeline.finish_s[groups[waits.group_of_row]])
         size.append(schedule.elements() * itemsize)
     ranks, sizes = np.concatenate(rank), np.concatenate(size)
     times = np.concatenate((*begin, *end))

@@ -3,6 +3,7 @@
 Latency convention: a kind of link costs its `latency` once per message, paid on the way up (to the switch);
 the way down, from a switch to a device, costs nothing. So a message device -> switch -> device takes exactly
 the `latency` of the file, and one over a direct edge between two devices too. The same holds for `overhead`.
+An edge that is given one way only has what it says.
 """
 
 from __future__ import annotations
@@ -263,7 +264,10 @@ class EdgesTopology(_Model):
         edges: list[Edge] = []
         for entry in self.edges:
             link = links[entry.link]
-            for src, dst in [(entry.src, entry.dst)] + [(entry.dst, entry.src)] * entry.both:
+            if not entry.both:  # one way, given for itself: at what it says
+                edges.append(Edge(entry.src, entry.dst, link))
+                continue
+            for src, dst in ((entry.src, entry.dst), (entry.dst, entry.src)):
                 way_down = src not in devices and dst in devices
                 edges.append(Edge(src, dst, link.without_delay() if way_down else link))
         return Shape(list(self.devices), edges)

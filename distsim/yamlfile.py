@@ -11,10 +11,9 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 from yaml.events import (
     AliasEvent,
     DocumentStartEvent,
@@ -35,7 +34,6 @@ MAX_DEPTH = 20
 _SYNTAX = "expected `key: value` lines, indented with spaces, every bracket and quote closed"
 
 Path = tuple[str | int, ...]
-Model = TypeVar("Model", bound=BaseModel)
 
 # libyaml's parser is 20 times faster; the pure one gives the same events where a wheel lacks it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -20,7 +20,7 @@ KEYS_OF_THE_ISSUE = {
     *("strategy", "ranks", "params", "messages", "message_sizes", "bytes", "time_s"),
     *("latency_bound_s", "bandwidth_bound_s", "algbw_Bps", "busbw_Bps"),
 }
-KEYS = KEYS_OF_THE_ISSUE | {"dtype", "cluster", "any_algorithm_bound_s", "peak_staging_bytes"}
+KEYS = KEYS_OF_THE_ISSUE | {"dtype", "cluster", "cluster_title", "any_algorithm_bound_s", "peak_staging_bytes"}
 Capture = pytest.CaptureFixture[str]
 
 

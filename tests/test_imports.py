@@ -20,7 +20,7 @@ HOUSE = ("distsim", "trainers", "analysis", "cluster_configs")
 
 # distsim's modules and subpackages, lowest layer first; a module imports from its own layer and lower ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"units", "errors"}),
+    frozenset({"units", "errors", "files"}),
     frozenset({"yamlfile", "topologies", "routing", "validation", "cluster", "schedule", "traffic"}),
     frozenset({"check", "bounds", "exchanges", "engine"}),
     frozenset({"lower", "step"}),

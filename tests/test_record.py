@@ -217,7 +217,7 @@ def test_equal_counts_agree_whatever_the_times() -> None:
         "message sizes": "equal",
         "links": "equal",
         "message by message": "equal",
-        "exchange time": "+50.0%",
+        "exchange time": "-33.3%",
     }
     assert next(line for line in lines if line.name == "messages") == Line(
         name="messages", first="12", second="12", verdict="equal"

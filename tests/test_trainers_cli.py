@@ -177,7 +177,7 @@ def test_a_record_that_cannot_be_written(two_ranks: dict[str, list[Seen]]) -> No
     assert first.code == 2
     assert "Traceback" not in first.err
     (message,) = re.findall("trainers: error: .*", first.err)
-    assert "short.txt/ring.measured.json: cannot write it: " in message
+    assert "short.txt: cannot write there: " in message
 
 
 DIFFERENT = {

@@ -7,7 +7,6 @@ version to constraints.txt, and does nothing when nothing changed since the last
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -22,14 +21,11 @@ CONSTRAINTS = ROOT / "constraints.txt"
 # Sizes in MB (1e6 bytes) of the wheels pinned in constraints.txt, for Linux x86-64 and Python 3.11.
 TORCH_CPU_MB, TORCH_CUDA_MB, RAY_MB, REST_MB = 192, 2730, 79, 153
 
-NO_CPU_BUILD = """
-pip found no CPU build of torch ({requirement}) where it looked, and the plain build for this
-platform brings several GB of CUDA libraries that a machine without a CUDA device cannot use. Choose one:
-  - set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, then run the same make command again. Its address
-    is in the pip command that the installation page of PyTorch's own site shows for Linux, Pip, CPU. If the
-    variable is set already, append the address after a space;
-  - or set DISTSIM_TORCH_ANY=1 to accept the plain build.
-If pip reported a network error above, that is what to mend first."""
+NO_CPU_BUILD = f"""
+pip finds no CPU build of torch where it is set to look. Taking the plain build instead, which brings CUDA
+libraries that this machine cannot use: about {TORCH_CUDA_MB:,} MB to download. To avoid that, stop this (Ctrl-C),
+set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, and run the same make command again. The address is in the
+pip command that the installation page of PyTorch's own site shows for Linux, Pip, CPU."""
 
 
 def fingerprint() -> str:
@@ -112,9 +108,7 @@ def install_torch(version: str, cuda: bool, plain_is_cpu: bool) -> None:
     requirement = plain if cuda or plain_is_cpu else f"{plain}+cpu"
     status, said = pip_install("--no-deps", requirement)
     if status and requirement != plain and "No matching distribution found for torch" in said:
-        if os.environ.get("DISTSIM_TORCH_ANY") != "1":
-            raise SystemExit(NO_CPU_BUILD.format(requirement=requirement))
-        print(f"DISTSIM_TORCH_ANY=1: the plain build instead, about {TORCH_CUDA_MB:,} MB", flush=True)
+        print(NO_CPU_BUILD, flush=True)
         status, _ = pip_install("--no-deps", plain)
     if status:
         raise SystemExit(f"pip could not install torch (exit status {status}); its own message is above")

@@ -22,6 +22,7 @@ import torch
 from distsim.cli import Parser
 from distsim.cluster import bandwidth_quantity, time_quantity, to_yaml
 from distsim.errors import ConfigError, DistsimError
+from distsim.files import make_writable, write_whole
 from distsim.units import format_bandwidth, format_time
 from trainers.config import RunConfig
 from trainers.neighbours import Sample
@@ -114,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"trainers.calibrate: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -129,8 +132,13 @@ def _calibrate(flags: argparse.Namespace) -> None:
     params = flags.params if flags.params is not None else model_params()
     if params < ranks or ranks < 2:
         raise ConfigError(f"calibration needs at least 2 ranks and a parameter for each, not {ranks} and {params}")
+    if flags.out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"--out {flags.out}: a cluster file is called NAME.yaml; other names are those of shipped ones"
+        )
     sizes = (params // ranks, params)
     if os.environ.get("RANK", "0") == "0":
+        make_writable(flags.out.parent)
         print(f"calibrating with {ranks} ranks: some 10 s ...", file=sys.stderr)
     if under_torchrun:
         from trainers import torch_trainer
@@ -143,8 +151,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
     if results is None:
         return
     found = fit(ranks, results)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(cluster_file(ranks, transport, found))
+    write_whole(flags.out, cluster_file(ranks, transport, found))
     print(
         f"{transport}, {ranks} ranks: {format_bandwidth(found.bandwidth_Bps)} shared, "
         f"{format_time(found.overhead_s)} a message, "

@@ -43,6 +43,8 @@ class RunConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.width < 32 or self.width % 32:
             raise ConfigError(f"--width must be a multiple of 32 (the width of a head), not {self.width}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"--learning-rate must be a positive number, not {self.learning_rate}")
         if self.transport == "library" and self.strategy != "ring":

@@ -119,10 +119,10 @@ class _Run:
 
     def _terms(self, group: int, rows: list[int], arrivals: list[Tensor], own: Tensor) -> list[Tensor]:
         """The summands in ascending rank, the receiver's own among them if it has a value yet."""
-        rank, chunk = int(self.waits.dst[group]), int(self.waits.chunk[group])
+        rank = int(self.waits.dst[group])
         senders = self.runner.schedule.src[rows].tolist()
         terms = list(arrivals)
-        if self.runner.schedule.contributes[rank, chunk] or self.waits.previous[group] >= 0:
+        if self.waits.joins_own[group]:
             terms.insert(sum(sender < rank for sender in senders), own)
         return terms
 

@@ -20,11 +20,12 @@ from trainers.data import Text
 Fingerprint = dict[str, str]
 
 
-def fingerprint(config: RunConfig, text: Text, model: nn.Module, exchange: Exchange) -> Fingerprint:
+def fingerprint(config: RunConfig, text: Text, model: nn.Module, exchange: Exchange, device: str) -> Fingerprint:
     """Return what must be equal on all ranks, by name: schedule, model, text and every value of the run."""
     values = {f"configuration: {name}": str(value) for name, value in asdict(config).items()}
     return {
         **values,
+        "device": device,
         "schedule (digest)": exchange.digest(),
         "model (digest)": model_digest(model),
         "text (digest)": text.digest(),

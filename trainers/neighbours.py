@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distsim.check import check_schedule
 from distsim.schedule import Op, Schedule, Source
 from trainers import data
 from trainers.config import RunConfig
@@ -94,7 +95,9 @@ def sample(
         count = max(2, -(-BUFFERS_BYTES // (4 * elements * ranks)))
         buffers = [torch.zeros(elements * ranks, device=device) for _ in range(count)]
         for steps in STEPS:
-            runner = ScheduleRunner(neighbours(ranks, elements, steps), [rank], transport)
+            schedule = neighbours(ranks, elements, steps)
+            check_schedule(schedule)
+            runner = ScheduleRunner(schedule, [rank], transport)
             exchanges, additions_s = [], []
             for turn in range(rounds):
                 compute()

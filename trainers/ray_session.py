@@ -33,8 +33,7 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
     print("starting Ray ..." if folder else f"joining Ray at {address} ...", file=sys.stderr)
     try:
         if folder is None:
-            _knock(str(address))
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(str(address))
         else:
             with _loopback_only():
                 ray.init(
@@ -48,15 +47,25 @@ def session(address: str | None, exchange_bytes: int) -> Iterator[None]:
                     _temp_dir=str(folder),
                 )
         yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str) -> None:
+    """Connect to a running Ray.
+
+    Raises: ConfigError if none answers.
+    """
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(
             f"--ray-address {address}: no Ray cluster answers there ({error}); if it has one that wants a token, "
             "set RAY_AUTH_MODE=token, which Ray does by itself only for clusters that it starts"
         ) from error
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _knock(address: str) -> None:

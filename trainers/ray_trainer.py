@@ -33,7 +33,7 @@ def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) 
     model = language_model.build(config)
     exchange = exchanges.build(config.strategy, config.workers, sum(p.numel() for p in model.parameters()))
     check(exchange)
-    predicted = report.predict(exchange, config, cluster)
+    predicted = report.prepare(exchange, config, cluster, out)
     with session(address, exchange.traffic(ITEMSIZE[config.dtype]).bytes):
         actors = start_ranks(exchange.ranks)
         agree(collect([actor.prepare.remote(config) for actor in actors]))
@@ -110,7 +110,7 @@ class Rank:
         self._model = language_model.build(config)
         params = sum(parameter.numel() for parameter in self._model.parameters())
         self._exchange = exchanges.build(config.strategy, config.workers, params)
-        return fingerprint(config, self._text, self._model, self._exchange)
+        return fingerprint(config, self._text, self._model, self._exchange, "cpu")
 
     def train(self) -> RankResult:
         """Run the training loop to its end."""

@@ -30,14 +30,14 @@ class Mailbox:
             self._letters[src, serial] = letter
             self._changed.notify_all()
 
-    def take(self, src: int, serial: int) -> Any:
+    def take(self, src: int, serial: int, timeout_s: float | None) -> Any:
         """Wait for a letter and remove it.
 
-        Raises: DistsimError naming the sender if it does not come within DELIVERY_TIMEOUT_S.
+        Raises: DistsimError naming the sender if it does not come within `timeout_s`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: (src, serial) in self._letters, DELIVERY_TIMEOUT_S):
-                raise DistsimError(f"message {serial} of rank {src} has not come within {DELIVERY_TIMEOUT_S:.0f} s")
+            if not self._changed.wait_for(lambda: (src, serial) in self._letters, timeout_s):
+                raise DistsimError(f"message {serial} of rank {src} has not come within {timeout_s:.0f} s")
             return self._letters.pop((src, serial))
 
 
@@ -87,11 +87,12 @@ class RayTransport(Transport):
         return self._received[src] - 1
 
     def _take(self, src: int) -> Any:
-        return self._mailbox.take(src, self._next(src))
+        # As long as it takes: others may compute for hours, and whoever dies is seen by the driver.
+        return self._mailbox.take(src, self._next(src), None)
 
     def fetch(self, src: int, serial: int) -> np.ndarray:
         """Wait for a letter and fetch its object, a read-only view of this node's store."""
-        (reference,) = self._mailbox.take(src, serial)
+        (reference,) = self._mailbox.take(src, serial, DELIVERY_TIMEOUT_S)
         array: np.ndarray = ray.get(reference)
         return array
 

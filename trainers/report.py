@@ -18,6 +18,7 @@ from tqdm import tqdm
 from distsim import record
 from distsim.cluster import load
 from distsim.errors import DistsimError
+from distsim.files import make_writable
 from distsim.record import NOT_OBSERVABLE, RunRecord, Spans, Totals
 from distsim.schedule import Exchange
 from distsim.step import simulate
@@ -78,8 +79,12 @@ class Progress:
         self._bar.close()
 
 
-def predict(exchange: Exchange, config: RunConfig, cluster: str | None) -> RunRecord | None:
-    """Simulate the exchange that is about to run on `cluster`, a name or file; None without one."""
+def prepare(exchange: Exchange, config: RunConfig, cluster: str | None, out: Path) -> RunRecord | None:
+    """Before training: make sure of the folder for the records, and simulate the exchange on `cluster`, if named.
+
+    Raises: ConfigError if the folder cannot be written, or for what is wrong with the cluster.
+    """
+    make_writable(out)
     if cluster is None:
         return None
     return record.from_simulation(simulate(exchange, load(cluster), config.dtype))
@@ -96,6 +101,8 @@ def measured(
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise DistsimError(f"after training, the parameters of ranks {different} differ from those of rank 0")
+    # A library hides its messages, and on CUDA the host sees when they are queued, not when they move.
+    visible = config.transport == "schedule" and device == "cpu"
     return RunRecord(
         origin="measured",
         strategy=exchange.strategy,
@@ -108,7 +115,7 @@ def measured(
         totals=NOT_OBSERVABLE if config.transport == "library" else Totals.of(_traffic(exchange, results)),
         exchange_time_s=_exchange_times(results),
         losses=np.mean([result.losses for result in results[: exchange.workers]], axis=0).tolist(),
-        spans=_spans(exchange, results),
+        spans=_spans(exchange, results) if visible else None,
         configuration={
             **asdict(config),
             "text_name": text.name,
@@ -131,9 +138,9 @@ def measured(
 
 def _traffic(exchange: Exchange, results: Sequence[RankResult]) -> Traffic:
     """Count what the senders have counted."""
-    messages = [message for result in results for message, count in result.counts.items() for _ in range(count)]
-    src, dst, size = np.array(messages, dtype=np.int64).reshape(-1, 3).T
-    return Traffic.of(exchange.ranks, src, dst, size)
+    counted = [(*message, count) for result in results for message, count in result.counts.items()]
+    src, dst, size, count = np.array(counted, dtype=np.int64).reshape(-1, 4).T
+    return Traffic.of(exchange.ranks, *(np.repeat(column, count) for column in (src, dst, size)))
 
 
 def _exchange_times(results: Sequence[RankResult]) -> list[float]:
@@ -148,9 +155,9 @@ def _exchange_times(results: Sequence[RankResult]) -> list[float]:
 def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans | None:
     """Join senders' and receivers' views of the last exchange's messages, in schedule and row order.
 
-    None where there is nothing to join: a library hid the messages, or the ranks' clocks differ.
+    A message starts when it is posted and ends when its receiver takes it up. None if the ranks' clocks differ.
     """
-    if not any(result.sent for result in results) or len({result.machine for result in results}) > 1:
+    if len({result.machine for result in results}) > 1:
         return None
     began = min(result.exchange_s[-1][0] for result in results)
     sent = {row: value for result in results for row, value in result.sent.items()}
@@ -171,10 +178,16 @@ def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans | None:
 
 
 def finish(measured: RunRecord, simulated: RunRecord | None, out: Path) -> Summary:
-    """Write the records into the folder `out` as STRATEGY.measured.json and STRATEGY.simulated.json."""
-    paths = {origin: out / f"{measured.strategy}.{origin}.json" for origin in ("measured", "simulated")}
+    """Write the records into the folder `out` as NAME.measured.json and NAME.simulated.json.
+
+    The name is the strategy, or STRATEGY-library. An earlier simulation of that name, which would now stand
+    beside another run, is removed.
+    """
+    library = "-library" if measured.totals == NOT_OBSERVABLE else ""
+    paths = {origin: out / f"{measured.strategy}{library}.{origin}.json" for origin in ("measured", "simulated")}
     record.write(measured, paths["measured"])
     if simulated is None:
+        paths["simulated"].unlink(missing_ok=True)
         return Summary(measured, paths["measured"], None, None)
     record.write(simulated, paths["simulated"])
     return Summary(measured, paths["measured"], simulated, paths["simulated"])

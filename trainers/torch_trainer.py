@@ -44,10 +44,10 @@ def run(config: RunConfig, cluster: str | None, out: Path) -> report.Summary | N
     params = sum(parameter.numel() for parameter in model.parameters())
     exchange = exchanges.build(config.strategy, config.workers, params)
     check(exchange)
-    predicted = report.predict(exchange, config, cluster) if rank == 0 else None
+    predicted = report.prepare(exchange, config, cluster, out) if rank == 0 else None
 
     with ProcessGroup(device) as group:
-        group.agree(fingerprint(config, text, model, exchange))
+        group.agree(fingerprint(config, text, model, exchange, device.type))
         group.start()
         transport = TorchTransport()
         progress = report.Progress(config, enabled=rank == 0)
@@ -73,7 +73,7 @@ def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]
     """Time neighbour exchanges of all ranks; return the backend, and on rank 0 everybody's samples."""
     device = _device()
     with ProcessGroup(device) as group:
-        group.agree({"configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
+        group.agree({"device": device.type, "configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
         group.start()
         mine = sample(group.rank, group.world_size, TorchTransport(), sizes, rounds, device)
         return dist.get_backend(), group.gather(mine)

@@ -28,6 +28,8 @@ def build(strategy: str, workers: int, params: int) -> Exchange:
 
     Raises: ConfigError for an unknown strategy, and for counts outside 1..MAX_WORKERS and 0..MAX_PARAMS.
     """
+    if not isinstance(workers, int) or not isinstance(params, int):
+        raise ConfigError(f"workers and params must be whole numbers, not {workers!r} and {params!r}")
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown strategy {strategy!r}{nearest(strategy, STRATEGIES)}")
     if workers < 1:
