@@ -9,7 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from distsim.errors import ConfigError
-from distsim.record import NOT_OBSERVABLE, RunRecord, Totals, read
+from distsim.record import NOT_OBSERVABLE, RunRecord, Totals, read, time_error
 from distsim.units import format_time
 
 
@@ -21,9 +21,14 @@ class Pair:
     measured: RunRecord
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """Relative error of the simulated time: -0.1 means that it is 10 % below the measured median."""
-        return self.simulated.time_s / self.measured.time_s - 1
+        return time_error(self.simulated, self.measured)
+
+    @property
+    def error_text(self) -> str:
+        """The error in whole percent."""
+        return "none" if self.error is None else f"{self.error:+.0%}"
 
 
 def read_pairs(folder: Path) -> list[Pair]:
@@ -61,7 +66,7 @@ def comparison_table(pairs: Sequence[Pair]) -> str:
             *_counts(pair, "bytes"),
             format_time(pair.simulated.time_s),
             format_time(pair.measured.time_s),
-            f"{pair.error:+.0%}",
+            pair.error_text,
             f"{pair.measured.losses[0]:.4f}",
             f"{pair.measured.losses[-1]:.4f}",
         ]

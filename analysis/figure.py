@@ -49,7 +49,7 @@ def _times(axes: Axes, pairs: Sequence[Pair]) -> None:
     axes.bar(place + 0.2, measured, 0.38, color=MEASURED, label="measured (median, 10th to 90th percentile)")
     whiskers = np.abs(spread - measured)
     axes.errorbar(place + 0.2, measured, yerr=whiskers, fmt="none", ecolor="black", capsize=4, linewidth=1)
-    axes.set_xticks(place, [f"{pair.measured.strategy}\n{pair.error:+.0%}" for pair in pairs])
+    axes.set_xticks(place, [f"{pair.measured.strategy}\n{pair.error_text}" for pair in pairs])
     axes.set_ylabel("time of one exchange (ms)")
     axes.set_ylim(0, 1.35 * float(max(simulated.max(), spread.max())))
     axes.legend(loc="upper left", frameon=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distsim.errors import ConfigError
-from distsim.record import NOT_OBSERVABLE, RunRecord, Spans, Totals
+from distsim.record import NOT_OBSERVABLE, RunRecord, Spans, Totals, time_error
 from distsim.units import format_time
 
 
@@ -37,12 +37,13 @@ def diff(first: RunRecord, second: RunRecord) -> list[Line]:
         lines.append(_counts(name.replace("_", " "), one, other, name))
     if first.spans is not None and second.spans is not None:
         lines.append(_messages(first.spans, second.spans))
+    error = time_error(first, second)
     lines.append(
         Line(
             name="exchange time",
             first=format_time(first.time_s),
             second=format_time(second.time_s),
-            verdict=f"{first.time_s / second.time_s - 1:+.1%}" if second.time_s > 0 else "not comparable",
+            verdict="not comparable" if error is None else f"{error:+.1%}",
         )
     )
     return lines

@@ -111,6 +111,11 @@ class RunRecord(_Frozen):
         return statistics.median(self.exchange_time_s)
 
 
+def time_error(first: RunRecord, second: RunRecord) -> float | None:
+    """Return how far the first's exchange time lies above the second's: 0.1 is 10 %; None if the second's is 0."""
+    return first.time_s / second.time_s - 1 if second.time_s > 0 else None
+
+
 def from_simulation(simulation: Simulation) -> RunRecord:
     """Make the record of a simulated exchange."""
     exchange, timeline = simulation.exchange, simulation.timeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from helpers import expected, observed
 
@@ -111,3 +112,10 @@ def test_the_largest_counts_do_not_overflow() -> None:
     traffic = exchange.traffic(8)
     assert int(traffic.received_bytes()[-1]) == MAX_WORKERS * MAX_PARAMS * 8 == 2**62
     assert traffic.bytes == 2**63
+
+
+def test_counts_may_be_numpys_integers_but_not_fractions() -> None:
+    same = exchanges.build("ring", np.int64(3), np.int32(12))  # type: ignore[arg-type]
+    assert same.digest() == exchanges.build("ring", 3, 12).digest()
+    with pytest.raises(ConfigError, match="whole numbers"):
+        exchanges.build("ring", 3, 12.0)  # type: ignore[arg-type]

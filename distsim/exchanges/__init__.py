@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from distsim.errors import ConfigError, nearest
@@ -28,8 +29,10 @@ def build(strategy: str, workers: int, params: int) -> Exchange:
 
     Raises: ConfigError for an unknown strategy, and for counts outside 1..MAX_WORKERS and 0..MAX_PARAMS.
     """
-    if not isinstance(workers, int) or not isinstance(params, int):
-        raise ConfigError(f"workers and params must be whole numbers, not {workers!r} and {params!r}")
+    try:
+        workers, params = operator.index(workers), operator.index(params)  # NumPy's integers are welcome, too
+    except TypeError:
+        raise ConfigError(f"workers and params must be whole numbers, not {workers!r} and {params!r}") from None
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown strategy {strategy!r}{nearest(strategy, STRATEGIES)}")
     if workers < 1:
