@@ -1,31 +1,22 @@
-"""A cluster: devices, directed links and the routes between devices, read from YAML.
-
-title: "DGX H100: 8 GPUs behind NVSwitch"
-source: "where the shape and the counts come from"
-topology: {kind: switch, devices: 8, link: nvlink}
-links:
-  nvlink:
-    bandwidth: {value: "450 GB/s", source: "..."}   # per direction
-    latency: {value: "2 us", source: "..."}         # end to end, see topologies.py
-reduce:                                             # optional; without it additions are free
-  bandwidth: {value: "1 TB/s", source: "..."}       # bytes of one operand that a device adds per second
-"""
+"""A cluster: devices, directed links and the routes between devices, read from YAML (see `clusterfile`)."""
 
 from __future__ import annotations
 
 import importlib.resources
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from distsim import routing, topologies, validation, yamlfile
+from distsim import overrides, topologies, validation, yamlfile
+from distsim.clusterfile import ClusterFile
 from distsim.errors import ConfigError, nearest
+from distsim.routing import NoRoute, Routes, fewest_hops
+from distsim.topologies import builders
 from distsim.units import exact_bandwidth, exact_time, parse_bandwidth_Bps, parse_time_s, shown
 
 if TYPE_CHECKING:
@@ -36,64 +27,6 @@ IDEAL_BANDWIDTH = "100 Gbit/s"
 IDEAL_LATENCY = "5 us"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-def _sane(unit: str, least: float, most: float) -> AfterValidator:
-    """Refuse numbers that no cluster has and that would overflow sums and quotients of a simulation."""
-
-    def within(value: float) -> float:
-        if value != 0 and not least <= value <= most:
-            raise ConfigError(f"{value:g} {unit} is out of range; expected {least:g} to {most:g} {unit}")
-        return value
-
-    return AfterValidator(within)
-
-
-class TimeQuantity(_Model):
-    """`{value: "2 us", source: "..."}`"""
-
-    value: Annotated[float, BeforeValidator(parse_time_s), _sane("s", 0, 1e6)] = Field(examples=['"2 us"'])
-    source: Text = Field(examples=['"where the number comes from"'])
-
-
-class BandwidthQuantity(_Model):
-    """`{value: "450 GB/s", source: "..."}`"""
-
-    value: Annotated[float, BeforeValidator(parse_bandwidth_Bps), _sane("B/s", 1e-3, 1e18)] = Field(
-        examples=['"450 GB/s"']
-    )
-    source: Text = Field(examples=['"where the number comes from"'])
-
-
-class LinkEntry(_Model):
-    """One kind of link; the bandwidth is that of one direction."""
-
-    bandwidth: BandwidthQuantity = Field(examples=['{value: "450 GB/s", source: "..."}'])
-    latency: TimeQuantity = Field(examples=['{value: "2 us", source: "..."}'])
-    overhead: TimeQuantity | None = Field(default=None, examples=['{value: "2 us", source: "..."}'])
-
-
-class ReduceEntry(_Model):
-    """How fast one device adds an array to another, in bytes of one operand per second."""
-
-    bandwidth: BandwidthQuantity = Field(examples=['{value: "1 TB/s", source: "..."}'])
-
-
-class ClusterFile(_Model):
-    """The file as a whole."""
-
-    title: Text = Field(max_length=200, examples=['"what this cluster is"'])
-    source: Text = Field(examples=['"where the shape and the counts come from"'])
-    topology: topologies.Topology = Field(examples=["{kind: switch, devices: 8, link: nvlink}"])
-    links: dict[topologies.Name, LinkEntry] = Field(examples=["a mapping of names to links"])
-    reduce: ReduceEntry | None = Field(default=None, examples=['{bandwidth: {value: "1 TB/s", source: "..."}}'])
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Cluster:
     """Devices joined by directed links. Rank r runs on `devices[r]`. The arrays are read-only."""
@@ -102,11 +35,13 @@ class Cluster:
     """Shipped name, or the file's name without its ending."""
     title: str
     """One line for humans."""
-    devices: tuple[str, ...]
-    """Names of the nodes that compute; all other nodes are switches."""
-    link_src: tuple[str, ...]
-    """Per link, the node that it leaves."""
-    link_dst: tuple[str, ...]
+    devices: Sequence[str]
+    """Names of the nodes that compute; a long list makes its names only when they are asked for."""
+    switches: Sequence[str]
+    """Names of all other nodes."""
+    tail: NDArray[np.int64]
+    """Per link, the node that it leaves; devices count from 0, switches from `len(devices)`."""
+    head: NDArray[np.int64]
     """Per link, the node that it enters."""
     latency_s: NDArray[np.float64]
     """Per link, seconds."""
@@ -116,21 +51,45 @@ class Cluster:
     """Per link, how much longer than its bytes take each message holds the link, seconds."""
     reduce_bandwidth_Bps: NDArray[np.float64]
     """Per device, bytes of one operand added per second; inf where addition is free."""
+    host_overhead_s: NDArray[np.float64]
+    """Per device, seconds that its host spends on each operation that it sends."""
+    sharing: Literal["fair", "fifo"] = "fair"
+    """How messages on one link at the same time share it: max-min fairly, or one after the other."""
+    routing: Literal["first", "ecmp"] = "first"
+    """Which of several equally short routes is taken."""
 
     def __post_init__(self) -> None:
-        for key in ("latency_s", "bandwidth_Bps", "overhead_s", "reduce_bandwidth_Bps"):
-            array = np.array(getattr(self, key), dtype=np.float64)
+        for key in (
+            "tail",
+            "head",
+            "latency_s",
+            "bandwidth_Bps",
+            "overhead_s",
+            "reduce_bandwidth_Bps",
+            "host_overhead_s",
+        ):
+            array = np.array(getattr(self, key), dtype=np.int64 if key in ("tail", "head") else np.float64)
             array.setflags(write=False)
             object.__setattr__(self, key, array)
-        links = len(self.link_src)
-        assert len(self.link_dst) == len(self.latency_s) == len(self.bandwidth_Bps) == links
-        assert len(self.overhead_s) == links
-        assert len(self.reduce_bandwidth_Bps) == len(self.devices) > 0
+        links = len(self.tail)
+        assert len(self.head) == len(self.latency_s) == len(self.bandwidth_Bps) == len(self.overhead_s) == links
+        assert len(self.reduce_bandwidth_Bps) == len(self.host_overhead_s) == len(self.devices) > 0
+        assert max(self.tail.max(initial=0), self.head.max(initial=0)) < self.nodes
         assert (self.latency_s >= 0).all() and (self.overhead_s >= 0).all() and (self.bandwidth_Bps > 0).all()
+        assert (self.reduce_bandwidth_Bps > 0).all() and (self.host_overhead_s >= 0).all()
+
+    @property
+    def nodes(self) -> int:
+        """Devices and switches."""
+        return len(self.devices) + len(self.switches)
+
+    def node_name(self, node: int) -> str:
+        """Return `"gpu0"`."""
+        return self.devices[node] if node < len(self.devices) else self.switches[node - len(self.devices)]
 
     def link_name(self, link: int) -> str:
         """Return `"gpu0 -> switch"`."""
-        return f"{self.link_src[link]} -> {self.link_dst[link]}"
+        return f"{self.node_name(int(self.tail[link]))} -> {self.node_name(int(self.head[link]))}"
 
     def graph(self) -> networkx.DiGraph[str]:
         """Return the graph. Nodes carry `device` (bool), edges `link`, `latency_s` and `bandwidth_Bps`."""
@@ -138,31 +97,38 @@ class Cluster:
 
         graph: networkx.DiGraph[str] = networkx.DiGraph(name=self.name, title=self.title)
         graph.add_nodes_from(self.devices, device=True)
-        for link, (src, dst) in enumerate(zip(self.link_src, self.link_dst, strict=True)):
-            for node in (src, dst):
-                if node not in graph:
-                    graph.add_node(node, device=False)
-            columns = ("latency_s", "bandwidth_Bps", "overhead_s")
-            graph.add_edge(src, dst, link=link, **{name: float(getattr(self, name)[link]) for name in columns})
+        graph.add_nodes_from(self.switches, device=False)
+        names = (*self.devices, *self.switches)
+        columns = ("latency_s", "bandwidth_Bps", "overhead_s")
+        for link, (src, dst) in enumerate(zip(self.tail.tolist(), self.head.tolist(), strict=True)):
+            data = {name: float(getattr(self, name)[link]) for name in columns}
+            graph.add_edge(names[src], names[dst], link=link, **data)
         return graph
 
     def egress_Bps(self, devices: ArrayLike) -> NDArray[np.float64]:
         """Return, for each device index, the sum of the bandwidths of the links that leave it."""
-        tail, _, nodes = self.ends()
-        return _sum_by(tail, self.bandwidth_Bps, nodes)[np.asarray(devices, np.int64)]
+        return _sum_by(self.tail, self.bandwidth_Bps, self.nodes)[np.asarray(devices, np.int64)]
 
     def ingress_Bps(self, devices: ArrayLike) -> NDArray[np.float64]:
         """Return, for each device index, the sum of the bandwidths of the links that enter it."""
-        _, head, nodes = self.ends()
-        return _sum_by(head, self.bandwidth_Bps, nodes)[np.asarray(devices, np.int64)]
+        return _sum_by(self.head, self.bandwidth_Bps, self.nodes)[np.asarray(devices, np.int64)]
 
     def routes(self, src: ArrayLike, dst: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the links from device index `src[i]` to `dst[i]`: `links[ptr[i]:ptr[i + 1]]`, in order.
 
-        Fewest hops; among equals, the route of a breadth-first search that tries links in file order (what
-        networkx's `single_source_shortest_path` finds on `graph()`). A device reaches itself over no link.
+        Fewest hops; among equals, with `routing` "first" the route of a breadth-first search that tries links in
+        file order (what networkx's `single_source_shortest_path` finds on `graph()`), with "ecmp" one that a
+        hash of (src, dst) picks. A device reaches itself over no link.
         ConfigError names both devices where there is no route, and for an index beyond the devices.
         """
+        found = self._fewest_hops(src, dst, spread=self.routing == "ecmp")
+        return found.ptr, found.links
+
+    def route_is_unique(self, src: ArrayLike, dst: ArrayLike) -> NDArray[np.bool_]:
+        """Return, per pair of device indices, whether exactly one route has the fewest hops; raises as `routes`."""
+        return self._fewest_hops(src, dst, ties=True).unique
+
+    def _fewest_hops(self, src: ArrayLike, dst: ArrayLike, ties: bool = False, spread: bool = False) -> Routes:
         sources, targets = np.asarray(src, np.int64).ravel(), np.asarray(dst, np.int64).ravel()
         assert sources.shape == targets.shape, "one destination per source"
         for index in (sources, targets):
@@ -172,24 +138,32 @@ class Cluster:
                     f"cluster {self.name} has {len(self.devices)} devices, too few for device {index.max()} "
                     "(counted from 0); expected fewer ranks or a larger cluster"
                 )
-        tail, head, nodes = self.ends()
         try:
-            return routing.fewest_hops(tail, head, nodes, sources, targets)
-        except routing.NoRoute as missing:
-            pair = missing.args[0]
-            a, b = self.devices[sources[pair]], self.devices[targets[pair]]
-            raise ConfigError(
-                f"{self.name}: no route from {a} to {b}; expected links from every device to every other"
-            ) from None
+            return fewest_hops(*self.ends(), sources, targets, ties=ties, spread=spread)
+        except NoRoute as missing:
+            raise self._no_route(int(sources[missing.args[0]]), int(targets[missing.args[0]])) from None
+
+    def _no_route(self, src: int, dst: int) -> ConfigError:
+        return ConfigError(
+            f"{self.name}: no route from {self.devices[src]} to {self.devices[dst]}; "
+            "expected links from every device to every other"
+        )
+
+    def check_connected(self) -> None:
+        """Raise ConfigError for two devices of which one cannot reach the other."""
+        rest = np.arange(1, len(self.devices))
+        tail, head, nodes = self.ends()
+        # Back to device 0 is away from it over links turned round: one search each way.
+        for away, ends in ((True, (tail, head)), (False, (head, tail))):
+            try:
+                fewest_hops(*ends, nodes, np.zeros_like(rest), rest)
+            except NoRoute as missing:
+                other = int(rest[missing.args[0]])
+                raise (self._no_route(0, other) if away else self._no_route(other, 0)) from None
 
     def ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         """Return per link the indices of its two nodes (devices come first), and the number of nodes."""
-        index = {name: i for i, name in enumerate(self.devices)}
-        for name in (*self.link_src, *self.link_dst):
-            index.setdefault(name, len(index))
-        tail = np.fromiter((index[name] for name in self.link_src), np.int64, len(self.link_src))
-        head = np.fromiter((index[name] for name in self.link_dst), np.int64, len(self.link_dst))
-        return tail, head, len(index)
+        return self.tail, self.head, self.nodes
 
 
 def _sum_by(index: NDArray[np.int64], values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
@@ -200,10 +174,50 @@ def _sum_by(index: NDArray[np.int64], values: NDArray[np.float64], length: int) 
 def build(spec: ClusterFile, name: str, document: yamlfile.Document | None = None) -> Cluster:
     """Return the cluster that `spec` describes; `document` lets errors say the line.
 
-    ConfigError for a link that is named but not defined, one that is defined but never used, and devices that
-    cannot reach each other.
+    ConfigError for a link that is named but not defined, one that is defined but never used, an override that
+    changes nothing, and devices that cannot reach each other.
     """
     where = document or yamlfile.Document(file=name, data={}, lines={(): 1})
+    _check_links(spec, where)
+    links = {link: entry.link() for link, entry in spec.links.items()}
+    try:
+        shape = spec.topology.shape(links, topologies.given(spec.topology))
+    except ConfigError as error:
+        raise where.error(("topology",), str(error)) from None
+    try:
+        changed = overrides.apply(spec.overrides, shape.cables, shape.devices, shape.switches)
+    except overrides.Unmatched as error:
+        message, number = error.args
+        raise where.error(("overrides", number), message) from None
+    if spec.reduce is None and spec.host is None:
+        for number, entry in enumerate(spec.overrides):
+            if entry.device is not None:
+                message = (
+                    "additions and the host's work are free here, so nothing slows down; expected `reduce` or `host`"
+                )
+                raise where.error(("overrides", number, "device"), message)
+    cluster = _of(
+        shape,
+        changed,
+        name=name,
+        title=spec.title,
+        reduce_Bps=spec.reduce.bandwidth.value if spec.reduce is not None else math.inf,
+        host_s=spec.host.overhead.value if spec.host is not None else 0.0,
+        sharing=spec.sharing,
+        routing=spec.routing or spec.topology.ties(),
+    )
+    failed = [number for number, entry in enumerate(spec.overrides) if entry.failed]
+    if failed or not spec.topology.connected():
+        try:
+            cluster.check_connected()
+        except ConfigError as error:
+            at = ("overrides", failed[0], "failed") if failed else ("topology",)
+            raise where.error(at, str(error).partition(": ")[2]) from None
+    return cluster
+
+
+def _check_links(spec: ClusterFile, where: yamlfile.Document) -> None:
+    """Refuse links that are named but not defined, and those that are defined but never used."""
     used = spec.topology.link_names()
     for path, link in used.items():
         if link not in spec.links:
@@ -213,37 +227,20 @@ def build(spec: ClusterFile, name: str, document: yamlfile.Document | None = Non
         if link not in used.values():
             hint = yamlfile.near(link, sorted(set(used.values())))
             raise where.error(("links", link), f"unused link; expected `topology` to name it{hint}")
-    links = {
-        link: topologies.Link(
-            latency_s=entry.latency.value,
-            bandwidth_Bps=entry.bandwidth.value,
-            overhead_s=entry.overhead.value if entry.overhead is not None else 0.0,
-        )
-        for link, entry in spec.links.items()
-    }
-    reduce_Bps = spec.reduce.bandwidth.value if spec.reduce is not None else math.inf
-    cluster = _from_shape(spec.topology.shape(links), name, spec.title, reduce_Bps)
-    if isinstance(spec.topology, topologies.EdgesTopology):  # the other kinds connect all by construction
-        rest = np.arange(1, len(cluster.devices))
-        try:
-            for src, dst in ((np.zeros_like(rest), rest), (rest, np.zeros_like(rest))):
-                cluster.routes(src, dst)
-        except ConfigError as error:
-            raise where.error(("topology", "edges"), str(error).partition(": ")[2]) from None
-    return cluster
 
 
-def _from_shape(shape: topologies.Shape, name: str, title: str, reduce_Bps: float) -> Cluster:
+def _of(
+    shape: topologies.Shape, changed: overrides.Changed, *, reduce_Bps: float, host_s: float, **fields: Any
+) -> Cluster:
+    cables = changed.cables
+    columns = {key: getattr(cables, key) for key in ("tail", "head", "latency_s", "bandwidth_Bps", "overhead_s")}
     return Cluster(
-        name=name,
-        title=title,
-        devices=tuple(shape.devices),
-        link_src=tuple(edge.src for edge in shape.edges),
-        link_dst=tuple(edge.dst for edge in shape.edges),
-        latency_s=np.array([edge.link.latency_s for edge in shape.edges]),
-        bandwidth_Bps=np.array([edge.link.bandwidth_Bps for edge in shape.edges]),
-        overhead_s=np.array([edge.link.overhead_s for edge in shape.edges]),
-        reduce_bandwidth_Bps=np.full(len(shape.devices), reduce_Bps),
+        devices=shape.devices,
+        switches=shape.switches,
+        reduce_bandwidth_Bps=reduce_Bps / changed.slowdown,
+        host_overhead_s=host_s * changed.slowdown,
+        **columns,
+        **fields,
     )
 
 
@@ -253,7 +250,17 @@ def ideal(ranks: int) -> Cluster:
         raise ConfigError(f"{ranks} ranks; expected a whole number from 1, such as 8")
     link = topologies.Link(latency_s=parse_time_s(IDEAL_LATENCY), bandwidth_Bps=parse_bandwidth_Bps(IDEAL_BANDWIDTH))
     title = f"ideal switch: {IDEAL_BANDWIDTH} per device each way, {IDEAL_LATENCY} per message, free addition"
-    return _from_shape(topologies.switch(ranks, link, prefix="device"), "ideal", title, math.inf)
+    shape = builders.switch(ranks, link, prefix="device")
+    unchanged = overrides.apply((), shape.cables, shape.devices, shape.switches)
+    return _of(shape, unchanged, name="ideal", title=title, reduce_Bps=math.inf, host_s=0.0)
+
+
+class Summary(NamedTuple):
+    """What a list of clusters shows of one."""
+
+    name: str
+    devices: int
+    title: str
 
 
 def parse(content: bytes | str, name: str, file: str) -> Cluster:
@@ -270,9 +277,24 @@ def load(name_or_path: str) -> Cluster:
 
     ConfigError, one line `file:LINE: what; expected form; nearest`, for all that can be wrong with it.
     """
+    return _from_document(*_document(name_or_path))
+
+
+def summary(name_or_path: str) -> Summary:
+    """Return a cluster's name, number of devices and title without building it; raises as `load`, for its keys."""
+    document, name = _document(name_or_path)
+    spec = validation.validate(document, ClusterFile)
+    try:
+        return Summary(name, topologies.given(spec.topology), spec.title)
+    except ConfigError as error:
+        raise document.error(("topology",), str(error)) from None
+
+
+def _document(name_or_path: str) -> tuple[yamlfile.Document, str]:
+    """Return the parsed file of a shipped name or a path, and the name of its cluster."""
     stem, ending = os.path.splitext(os.path.basename(name_or_path))
     if "/" in name_or_path or os.sep in name_or_path or ending in (".yaml", ".yml"):
-        return _from_document(yamlfile.read(name_or_path), stem)
+        return yamlfile.read(name_or_path), stem
     if name_or_path not in shipped():
         hint = nearest(name_or_path[:60], shipped())
         raise ConfigError(
@@ -280,7 +302,7 @@ def load(name_or_path: str) -> Cluster:
             "(`distsim clusters` lists them) or the path of a .yaml file"
         )
     file = importlib.resources.files(PACKAGE) / f"{name_or_path}.yaml"
-    return parse(file.read_bytes(), name_or_path, f"{PACKAGE}/{name_or_path}.yaml")
+    return yamlfile.parse(file.read_bytes(), f"{PACKAGE}/{name_or_path}.yaml"), name_or_path
 
 
 def shipped() -> list[str]:

@@ -54,12 +54,77 @@ def parse_bytes(text: object) -> float:
     return _parse(text, BYTE_UNITS, "a size", "16 GiB")
 
 
+def parse_size(text: object) -> int:
+    """Return a whole number of bytes, 0 or more, from a text such as `"1 GiB"`; ConfigError if it is none."""
+    value = parse_bytes(text)
+    if not value.is_integer() or value > 2**53:  # floats beyond are whole, but not the number that was written
+        raise ConfigError(f'{shown(text)} is not a whole number of bytes up to 2^53; expected a size such as "16 GiB"')
+    return int(value)
+
+
+MAX_SIZES = 10_000
+"""Most sizes that one text may stand for; a step that was meant to be a factor gives millions."""
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Return the bytes that a text stands for: sizes and ranges of sizes, with commas between them.
+
+    A range is `FIRST:LAST:xFACTOR` or `FIRST:LAST:+STEP`, as nccl-tests has it in its flags -b, -e, -f and -i:
+    `"8B:1KiB:x2"` is 8, 16, ..., 1024 and `"1MiB:2MiB:+256KiB"` is five sizes. LAST is the most, whether or not
+    the steps hit it. ConfigError for anything else.
+    """
+    sizes: list[int] = []
+    for part in text.split(","):
+        fields = part.strip().split(":")
+        if len(fields) == 1:
+            sizes.append(parse_size(fields[0]))
+            continue
+        rule = fields[-1].strip()
+        if len(fields) != 3 or rule[:1] not in ("x", "+"):
+            raise ConfigError(
+                f"{shown(part)} is not a range of sizes; "
+                "expected FIRST:LAST:xFACTOR or FIRST:LAST:+STEP such as 8B:16GiB:x2 or 1MiB:8MiB:+1MiB"
+            )
+        size, last = parse_size(fields[0]), parse_size(fields[1])
+        if size > last:
+            raise ConfigError(f"{shown(part)}: the first size is above the last; expected FIRST <= LAST")
+        if rule[0] == "+":
+            factor, step = 1, parse_size(rule[1:])
+            if step == 0:
+                raise ConfigError(f"{shown(part)}: a step of 0 never ends; expected a size above 0 such as +1MiB")
+        else:
+            factor, step = _whole(part, rule[1:]), 0
+            if size == 0:
+                raise ConfigError(f"{shown(part)}: 0 times a factor stays 0; expected a first size above 0 such as 8B")
+        while size <= last:
+            if len(sizes) == MAX_SIZES:
+                raise ConfigError(f"{shown(text)} is more than {MAX_SIZES} sizes; expected a larger factor or step")
+            sizes.append(size)
+            size = size * factor + step
+    return sizes
+
+
+def _whole(part: str, factor: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", factor) or int(factor) < 2:
+        raise ConfigError(f"{shown(part)} has the factor {shown(factor)}; expected a whole number from 2 such as x2")
+    return int(factor)
+
+
 def parse_bandwidth_Bps(text: object) -> float:
     """Return bytes per second, above 0, from `"25 Gbit/s"` or `"450 GB/s"`; ConfigError if it is none."""
     value = _parse(text, BANDWIDTH_UNITS, "a bandwidth", "25 Gbit/s")
     if value == 0:
         # Nothing would ever arrive: a simulation could only hang or divide by zero.
         raise ConfigError(f'{shown(text)} is zero; expected a bandwidth above zero such as "25 Gbit/s"')
+    return value
+
+
+def parse_factor(text: object) -> float:
+    """Return a number above 0 that has no unit, from a text such as `"1.5"`; ConfigError if it is none."""
+    match = _QUANTITY.fullmatch(str(text)) if isinstance(text, str | int | float) else None
+    value = float(match["number"]) if match is not None and not match["unit"].strip() else math.nan
+    if not (0 < value < math.inf):
+        raise ConfigError(f"{shown(text)} is not a factor; expected a number above zero without a unit, such as 2.5")
     return value
 
 

@@ -1,20 +1,95 @@
-"""A parsed YAML file as a pydantic model, or its most helpful problem in one line with file and line number."""
+"""A parsed YAML file as a pydantic model, or its most helpful problem in one line with file and line number.
+
+Beside that, the types of field that such models are made of: counts, names, quantities with their source.
+"""
 
 from __future__ import annotations
 
 import re
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from distsim.errors import ConfigError
-from distsim.units import shown
+from distsim.units import parse_bandwidth_Bps, parse_factor, parse_time_s, shown
 from distsim.yamlfile import Document, Path, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MAX_COUNT = 1_048_576
+"""Largest count in a file: beyond it a typo is likelier than a cluster."""
+
+
+def parse_count(text: object) -> int:
+    """Return a whole number from 1 to MAX_COUNT; ConfigError otherwise."""
+    digits = str(text) if isinstance(text, str | int) and not isinstance(text, bool) else ""
+    if digits.isascii() and digits.isdecimal() and len(digits) <= 9 and 1 <= int(digits) <= MAX_COUNT:
+        return int(digits)
+    raise ConfigError(f"{shown(text)} is not a count; expected a whole number from 1 to {MAX_COUNT}")
+
+
+def parse_flag(text: object) -> bool:
+    """Return True or False from `true` or `false`; ConfigError otherwise."""
+    if isinstance(text, bool) or text in ("true", "false"):
+        return text in (True, "true")
+    raise ConfigError(f"{shown(text)} is neither true nor false; expected `true` or `false`")
+
+
+def one_of(*words: str) -> BeforeValidator:
+    """Accept one of `words`; ConfigError, with the nearest, otherwise."""
+
+    def known(text: object) -> object:
+        if text in words:
+            return text
+        hint = did_you_mean(str(text), list(words))
+        raise ConfigError(f"{shown(text)} is unknown; expected one of: {', '.join(words)}{hint}")
+
+    return BeforeValidator(known)
+
+
+def _sane(unit: str, least: float, most: float) -> AfterValidator:
+    """Refuse numbers that no cluster has and that would overflow sums and quotients of a simulation."""
+
+    def within(value: float) -> float:
+        if value != 0 and not least <= value <= most:
+            amount = f" {unit}" if unit else ""
+            raise ConfigError(f"{value:g}{amount} is out of range; expected {least:g} to {most:g}{amount}")
+        return value
+
+    return AfterValidator(within)
+
+
+class Fields(BaseModel):
+    """A mapping in a file: keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Flag = Annotated[bool, BeforeValidator(parse_flag)]
+Ratio = Annotated[float, BeforeValidator(parse_factor), _sane("", 1e-3, 1e3)]
+Slowdown = Annotated[float, BeforeValidator(parse_factor), _sane("", 1, 1e6)]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class TimeQuantity(Fields):
+    """`{value: "2 us", source: "..."}`"""
+
+    value: Annotated[float, BeforeValidator(parse_time_s), _sane("s", 0, 1e6)] = Field(examples=['"2 us"'])
+    source: Text = Field(examples=['"where the number comes from"'])
+
+
+class BandwidthQuantity(Fields):
+    """`{value: "450 GB/s", source: "..."}`"""
+
+    value: Annotated[float, BeforeValidator(parse_bandwidth_Bps), _sane("B/s", 1e-3, 1e18)] = Field(
+        examples=['"450 GB/s"']
+    )
+    source: Text = Field(examples=['"where the number comes from"'])
 
 
 def validate(document: Document, model: type[Model]) -> Model:
@@ -41,6 +116,7 @@ _NOT_A = {
     "string_too_short": "is empty",
     "string_too_long": "is too long",
     "too_short": "is empty",
+    "too_long": "has too many items",
 }
 
 
@@ -79,7 +155,8 @@ def _walk(model: type[BaseModel], loc: Path) -> tuple[type[BaseModel] | None, Pa
     example = _form(model)
     for part in loc:
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            members = {_tag(member): member for member in typing.get_args(kind) if member is not type(None)}
+            choices = [member for member in typing.get_args(kind) if member is not type(None)]
+            members = {tag: member for member in choices for tag in _tags(member)}
             if part in members:
                 kind = members[str(part)]
                 example = _form(kind)
@@ -103,9 +180,10 @@ def _walk(model: type[BaseModel], loc: Path) -> tuple[type[BaseModel] | None, Pa
     return owner, tuple(path), example
 
 
-def _tag(member: Any) -> str:
+def _tags(member: Any) -> tuple[str, ...]:
+    """Return the words of a model's field `kind`, which tell it from the others of its union."""
     kind = getattr(member, "model_fields", {}).get("kind")
-    return str(typing.get_args(kind.annotation)[0]) if kind is not None else ""
+    return typing.get_args(kind.annotation) if kind is not None else ("",)
 
 
 def _form(kind: Any) -> str:

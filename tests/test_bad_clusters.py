@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bad_files import BAD_TOPOLOGIES, EDGES, GOOD, NODES, PCIE, SWITCH, TREE, changed, override
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,35 +20,11 @@ from distsim.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(60)
 
-GOOD = """\
-title: "two devices"
-source: "a test"
-topology: {kind: switch, devices: 2, link: nvlink}
-links:
-  nvlink:
-    bandwidth: {value: "450 GB/s", source: "s"}
-    latency:
-      value: "2 us"
-      source: "s"
-reduce:
-  bandwidth: {value: "1 TB/s", source: "s"}
-"""
-NODES = """{kind: nodes, nodes: 2,
-  devices_per_node: 8, inside: nvlink,
-  nics_per_node: 8, nic: nvlink}"""
-EDGES = "{kind: edges, devices: [gpu0, gpu1], edges: [%s]}"
-SWITCH = "{kind: switch, devices: 2, link: nvlink}"
-
-
-def changed(old: str, new: str, text: str = GOOD) -> str:
-    assert text.count(old) == 1
-    return text.replace(old, new)
-
-
 BOMB = "a: &a [x, x, x]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\nd: [*c, *c, *c]\n"
 
 BAD: dict[str, tuple[str, int, list[str]]] = {
     # name: text, line, what the message says
+    **BAD_TOPOLOGIES,
     "unknown key": (
         changed("    latency:", "    latencyy:"),
         7,
@@ -61,7 +38,7 @@ BAD: dict[str, tuple[str, int, list[str]]] = {
     "unknown key, nothing near": (
         GOOD + "zzz: x\n",
         12,
-        ["expected one of: title, source, topology, links, reduce"],
+        ["expected one of: title, source, topology, links, reduce, host, sharing, routing, overrides"],
     ),
     "unknown key of a kind": (changed("devices: 2", "device: 2"), 3, ["did you mean 'devices'?"]),
     "unit of another quantity": (changed("2 us", "2 GB/s"), 8, ["unknown unit 'GB/s'", "expected a time"]),
@@ -139,73 +116,6 @@ BAD: dict[str, tuple[str, int, list[str]]] = {
         10,
         ["links.pcie", "unused link", "expected"],
     ),
-    "no devices": (
-        changed("devices: 2", "devices: 0"),
-        3,
-        ["'0' is not a count", "expected a whole number from 1"],
-    ),
-    "too many": (changed("devices: 2", "devices: 65537"), 3, ["expected a whole number from 1 to 65536"]),
-    "huge count": (
-        changed("devices: 2", f"devices: {'9' * 5000}"),
-        3,
-        ["expected a whole number from 1 to 65536"],
-    ),
-    "fraction": (changed("devices: 2", "devices: 2.5"), 3, ["'2.5' is not a count"]),
-    "count with sign": (changed("devices: 2", "devices: +2"), 3, ["is not a count"]),
-    "too many in all": (
-        changed(SWITCH, NODES.replace("nodes: 2", "nodes: 65536")),
-        4,
-        ["nodes x devices_per_node"],
-    ),
-    "too many NICs": (
-        changed(SWITCH, NODES.replace("node: 8, nic:", "node: 9, nic:")),
-        5,
-        ["9 NICs for 8", "expected"],
-    ),
-    "no inside": (changed(SWITCH, NODES.replace(" inside: nvlink,", "")), 3, ["expected `inside:"]),
-    "no edges": (changed(SWITCH, EDGES % ""), 3, ["is empty", "expected edges:"]),
-    "one-way edge": (
-        changed(SWITCH, EDGES % "{from: gpu0, to: gpu1, link: nvlink}"),
-        3,
-        ["no route from gpu1 to gpu0"],
-    ),
-    "edge to itself": (changed(SWITCH, EDGES % "{from: gpu0, to: gpu0, link: nvlink}"), 3, ["leads nowhere"]),
-    "edge given twice": (
-        changed(SWITCH, EDGES % ", ".join(["{from: gpu0, to: gpu1, link: nvlink, both: true}"] * 2)),
-        3,
-        ["gpu0 -> gpu1 is given 2 times", "expected once"],
-    ),
-    "misspelt node": (
-        changed(SWITCH, EDGES % "{from: gpu0, to: gpu1, link: nvlink}, {from: gpu1, to: gpuo, link: nvlink}"),
-        3,
-        ["'gpuo' is neither", "did you mean 'gpu0'?"],
-    ),
-    "edge's flag": (
-        changed(SWITCH, EDGES % "{from: gpu0, to: gpu1, link: nvlink, both: yes}"),
-        3,
-        ["edges.0.both", "expected `true`"],
-    ),
-    "edge's key": (
-        changed(SWITCH, EDGES % "{form: gpu0, to: gpu1, link: nvlink}"),
-        3,
-        ["did you mean 'from'?"],
-    ),
-    "edge's link": (
-        changed(SWITCH, EDGES % "{from: gpu0, to: gpu1, link: nvlin}"),
-        3,
-        ["edges.0.link", "'nvlink'"],
-    ),
-    "twin devices": (changed(SWITCH, "{kind: edges, devices: [a, a], edges: []}"), 3, ["listed 2 times"]),
-    "no devices listed": (
-        changed(SWITCH, "{kind: edges, devices: [], edges: []}"),
-        3,
-        ["is empty", "expected devices:"],
-    ),
-    "edges is a text": (
-        changed(SWITCH, "{kind: edges, devices: [a], edges: x}"),
-        3,
-        ["is not a list", "expected edges:"],
-    ),
     "alias bomb": (BOMB, 1, ["anchors and aliases", "expected every value written out"]),
     "alias": (GOOD + "x: *a\n", 12, ["anchors and aliases"]),
     "merge key": (changed("    latency:", "    <<: {a: b}\n    latency:"), 7, ["unknown key"]),
@@ -259,7 +169,7 @@ def test_bad_file(name: str, pure: bool, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_good_file_loads(tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
-    for topology in (SWITCH, NODES, EDGES % "{from: gpu0, to: gpu1, link: nvlink, both: true}"):
+    for topology in (SWITCH, NODES, TREE, PCIE, EDGES % "{from: gpu0, to: gpu1, link: nvlink, both: true}"):
         file.write_text("\ufeff" + changed(SWITCH, topology))
         assert clusters.load(str(file)).title == "two devices"
 
@@ -340,8 +250,9 @@ def test_arbitrary_bytes_are_a_config_error(content: bytes) -> None:
         clusters.parse(content, "fuzz", "fuzz.yaml")
 
 
-WORDS = """title source topology links reduce kind switch bus nodes edges devices devices_per_node inside nic
-nics_per_node pcie link nvlink from to both true bandwidth latency value 1 8 2us 1GB/s s"""
+WORDS = """title source topology links reduce kind switch bus nodes edges torus size fat-tree devices_per_leaf spines
+devices node nics fabric rails joined pcie link nvlink from to both true bandwidth latency hop_latency value overrides
+device slowdown failed 1 2 8 2us 1GB/s s"""
 words = st.sampled_from(WORDS.split())
 trees = st.recursive(
     words | st.text(max_size=5),
@@ -359,7 +270,8 @@ def test_arbitrary_trees_are_a_config_error(tree: object) -> None:
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_damaged_file_is_a_config_error(data: st.DataObject) -> None:
-    text = data.draw(st.sampled_from([GOOD, changed(SWITCH, NODES), BOMB]))
+    good = [GOOD, changed(SWITCH, NODES), changed(SWITCH, TREE), override("{from: 'gpu*', to: switch, slowdown: 3}")]
+    text = data.draw(st.sampled_from([*good, BOMB]))
     at = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(at, min(len(text), at + 20)))
     new = data.draw(st.text(st.sampled_from("{}[]:,-&*!|>'\"%@`#? \n\ta0.9eGB/s"), max_size=6))

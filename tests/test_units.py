@@ -157,3 +157,14 @@ def test_anything_else_is_a_config_error(text: object) -> None:
         except ConfigError:
             continue
         assert math.isfinite(value) and value >= 0
+
+
+@pytest.mark.parametrize(("text", "value"), [("2", 2.0), ("1.5", 1.5), (" 1e3 ", 1000.0), (4, 4.0), (0.25, 0.25)])
+def test_a_factor_is_a_number_without_a_unit(text: object, value: float) -> None:
+    assert units.parse_factor(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e999", "2 us", "two", "", "2x", None, [2]])
+def test_what_is_no_factor(text: object) -> None:
+    with pytest.raises(ConfigError, match="is not a factor; expected a number above zero without a unit"):
+        units.parse_factor(text)
