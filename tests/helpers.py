@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from distsim.schedule import Dependencies, Exchange, Op, Schedule, Source, dependencies, split
+from distsim.dependencies import Dependencies
+from distsim.schedule import Exchange, Op, Schedule, Source, split
 
 WORD = 2**64
 
@@ -157,6 +157,39 @@ def random_schedules(draw: st.DrawFn, *, max_rows: int = 14, all_contribute: boo
     return table(rows, ranks=ranks, sizes=sizes, contributes=contributes, must_hold=np.reshape(draw(flags), shape))
 
 
+@st.composite
+def right_schedules(draw: st.DrawFn) -> Schedule:
+    """Draw a correct all-reduce: for each chunk a random tree to a random root, and another one back from it.
+
+    Some ranks contribute nothing (but pass on what they get), some do not want the sum.
+    """
+    ranks = draw(st.integers(1, 7))
+    sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    contributes = np.ones((ranks, len(sizes)), dtype=bool)
+    rows: list[Row] = []
+    for chunk in range(len(sizes)):
+        order = draw(st.permutations(range(ranks)))
+        parent = {order[i]: order[draw(st.integers(0, i - 1))] for i in range(1, ranks)}
+        sent_at: dict[int, int] = {}
+        for rank in reversed(order[1:]):  # children come after their parents in `order`
+            heard = [sent_at[child] for child in parent if parent[child] == rank]
+            sent_at[rank] = max(heard, default=-1) + 1 + draw(st.integers(0, 2))
+            gives: bool = draw(st.booleans())
+            contributes[rank, chunk] = gives or not heard
+            running: bool = draw(st.booleans())  # a rank that has heard nothing may send either value
+            source = Source.WORK if heard or running else Source.INPUT
+            rows.append(Row(sent_at[rank], rank, parent[rank], chunk, Op.REDUCE, source))
+        root_gives: bool = draw(st.booleans())
+        contributes[order[0], chunk] = root_gives or ranks == 1
+        ready = {order[0]: max(sent_at.values(), default=-1) + 1}
+        for rank in draw(st.permutations(order[1:])):
+            source_rank = draw(st.sampled_from(sorted(ready)))
+            step = ready[source_rank] + draw(st.integers(0, 2))
+            rows.append(Row(step, source_rank, rank, chunk, Op.COPY, Source.WORK))
+            ready[rank] = step + 1
+    return table(draw(st.permutations(rows)), ranks=ranks, sizes=sizes, contributes=contributes)
+
+
 Event = tuple[str, int]
 """("read", row) or ("apply", row)."""
 
@@ -286,71 +319,3 @@ def landed(
     for _, term in terms[1:]:
         total = None if total is None or term is None else combine(total, term)
     return total
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a strategy puts on the wire and how it waits, in closed form."""
-
-    sizes: dict[int, int]
-    """Elements of a message -> how many."""
-    links: dict[tuple[int, int], tuple[int, int]]
-    """(src, dst) -> (messages, elements)."""
-    steps: tuple[int, ...]
-    """Per schedule of the exchange."""
-    waits: tuple[tuple[int, int, int, int], ...]
-    """Per schedule: applies, applies that follow another one, reads after an apply, reads that gate an apply."""
-
-
-def expected(strategy: str, n: int, p: int) -> Expected:
-    """The closed forms for n workers and p parameters; `waits` holds where no chunk is empty."""
-    if strategy == "all-to-all":
-        pairs = [(a, b) for a in range(n) for b in range(n) if a != b and p]
-        busy = n > 1 and p > 0
-        return Expected(
-            {p: n * (n - 1)} if busy else {}, dict.fromkeys(pairs, (1, p)), (int(busy),), ((n if busy else 0, 0, 0, 0),)
-        )
-    if strategy == "parameter-server":
-        pairs = [pair for worker in range(n) for pair in ((worker, n), (n, worker)) if p]
-        one = int(p > 0)
-        return Expected(
-            {p: 2 * n} if p else {}, dict.fromkeys(pairs, (1, p)), (one, one), ((one, 0, 0, 0), (one * n, 0, 0, 0))
-        )
-    assert strategy == "ring"
-    if n == 1:
-        return Expected({}, {}, (0,), ((0, 0, 0, 0),))
-    whole, rest = divmod(p, n)
-    size = [whole + (chunk < rest) for chunk in range(n)]
-    sizes = {elements: 2 * (n - 1) * many for elements, many in ((whole + 1, rest), (whole, n - rest))}
-    links = {}
-    for rank in range(n):  # 2(n - 1) steps pass every chunk twice, but the last two of the second lap
-        left_out = size[(rank + 1) % n], size[(rank + 2) % n]
-        count = 2 * min(p, n) - sum(elements > 0 for elements in left_out)
-        links[rank, (rank + 1) % n] = (count, 2 * p - sum(left_out))
-    return Expected(
-        sizes={elements: many for elements, many in sizes.items() if elements and many},
-        links={pair: amount for pair, amount in links.items() if amount[0]},
-        steps=(2 * (n - 1) if p else 0,),
-        waits=((n * 2 * (n - 1), n * (n - 2), n * (2 * n - 3), n * (n - 1)),),
-    )
-
-
-def observed(exchange: Exchange) -> Expected:
-    """The same of an exchange's own rows, counted one by one."""
-    schedules = exchange.schedules()
-    rows = [row for schedule in schedules for row in rows_of(schedule)]
-    elements = [number for schedule in schedules for number in schedule.elements().tolist()]
-    links: dict[tuple[int, int], tuple[int, int]] = {}
-    for row, number in zip(rows, elements, strict=True):
-        count, total = links.get((row.src, row.dst), (0, 0))
-        links[row.src, row.dst] = (count + 1, total + number)
-    steps = tuple(schedule.steps for schedule in schedules)
-    return Expected(dict(Counter(elements)), links, steps, tuple(map(wait_counts, schedules)))
-
-
-def wait_counts(schedule: Schedule) -> tuple[int, int, int, int]:
-    """Applies, applies that follow another one, reads after an apply, reads that gate an apply."""
-    waits = dependencies(schedule)
-    columns = (waits.previous, waits.after_group, waits.gates_group)
-    previous, after, gates = (int((column >= 0).sum()) for column in columns)
-    return waits.groups, previous, after, gates

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from helpers import COLLECTIVES, Row, random_schedules, recursive_doubling, rows_of, table
+from helpers import COLLECTIVES, Row, random_schedules, recursive_doubling, right_schedules, rows_of, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -124,8 +124,19 @@ def replayed(schedule: Schedule, before: Values) -> Values:
     return {rank: torch.cat(parts) for rank, parts in work.items()}
 
 
+SPECS = (
+    *exchanges.STRATEGIES,
+    "ring:channels=2,bidirectional=true",
+    "tree:radix=3,segments=4",
+    "double-tree:segments=3",
+    "parameter-server:servers=2",
+    "parameter-server:placement=colocated",
+    "hierarchical:across=halving-doubling,inside=ring",
+)
+
+
 @pytest.mark.parametrize("workers", (1, 2, 3, 5, 16, 64))
-@pytest.mark.parametrize("strategy", exchanges.STRATEGIES)
+@pytest.mark.parametrize("strategy", SPECS)
 def test_every_strategy_sums_and_counts_its_own_messages(strategy: str, workers: int) -> None:
     params = 3 * workers + 2 if workers > 1 else 7
     exchange = exchanges.build(strategy, workers, params)
@@ -183,6 +194,24 @@ def test_fewer_parameters_than_ranks_and_uneven_chunks(strategy: str, params: in
     assert_postcondition(exchange.gradients, before, after)
     traffic = exchange.gradients.traffic(8)
     assert_counts(transport.log.counts, traffic.links(), traffic.message_sizes)
+
+
+@pytest.mark.parametrize("transport_class", (LocalTransport, LateTransport))
+@pytest.mark.parametrize(
+    ("collective", "strategy"),
+    [(collective, strategy) for collective, names in exchanges.ALGORITHMS.items() for strategy in names],
+)
+def test_every_algorithm_does_what_its_collective_is(
+    collective: str, strategy: str, transport_class: type[Transport]
+) -> None:
+    for ranks, segments in ((7, 1), (8, 3)):
+        exchange = exchanges.build(f"{strategy}:segments={segments}", ranks, 131, collective)
+        schedule, transport = exchange.gradients, transport_class()
+        before = values_for(schedule)
+        after = copies(before)
+        ScheduleRunner(schedule, range(schedule.ranks), transport).run(after)
+        assert_postcondition(schedule, before, after)
+        assert_counts(transport.log.counts, schedule.traffic(8).links(), schedule.traffic(8).message_sizes)
 
 
 @pytest.mark.parametrize("transport_class", (LocalTransport, LateTransport))
@@ -255,7 +284,7 @@ def test_staging_is_used_again_and_the_second_run_is_right_too(strategy: str) ->
         sizes.append(runner.staging_bytes)
     assert sizes[0] > 0
     assert len(set(sizes)) == 1
-    assert transport.log.counts.total() == 3 * schedule.messages
+    assert transport.log.counts.total() == 3 * schedule.traffic(8).messages
 
 
 def test_a_ring_stages_two_chunks_a_rank_at_most() -> None:
@@ -264,39 +293,6 @@ def test_a_ring_stages_two_chunks_a_rank_at_most() -> None:
     assert runner.staging_bytes == 0
     runner.run(values_for(schedule))
     assert runner.staging_bytes <= 2 * 4 * 10 * 8  # at most one arriving while another is being applied
-
-
-@st.composite
-def right_schedules(draw: st.DrawFn) -> Schedule:
-    """Draw a correct all-reduce: for each chunk a random tree to a random root, and another one back from it.
-
-    Some ranks contribute nothing (but pass on what they get), some do not want the sum.
-    """
-    ranks = draw(st.integers(1, 7))
-    sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
-    contributes = np.ones((ranks, len(sizes)), dtype=bool)
-    rows: list[Row] = []
-    for chunk in range(len(sizes)):
-        order = draw(st.permutations(range(ranks)))
-        parent = {order[i]: order[draw(st.integers(0, i - 1))] for i in range(1, ranks)}
-        sent_at: dict[int, int] = {}
-        for rank in reversed(order[1:]):  # children come after their parents in `order`
-            heard = [sent_at[child] for child in parent if parent[child] == rank]
-            sent_at[rank] = max(heard, default=-1) + 1 + draw(st.integers(0, 2))
-            gives: bool = draw(st.booleans())
-            contributes[rank, chunk] = gives or not heard
-            running: bool = draw(st.booleans())  # a rank that has heard nothing may send either value
-            source = Source.WORK if heard or running else Source.INPUT
-            rows.append(Row(sent_at[rank], rank, parent[rank], chunk, Op.REDUCE, source))
-        root_gives: bool = draw(st.booleans())
-        contributes[order[0], chunk] = root_gives or ranks == 1
-        ready = {order[0]: max(sent_at.values(), default=-1) + 1}
-        for rank in draw(st.permutations(order[1:])):
-            source_rank = draw(st.sampled_from(sorted(ready)))
-            step = ready[source_rank] + draw(st.integers(0, 2))
-            rows.append(Row(step, source_rank, rank, chunk, Op.COPY, Source.WORK))
-            ready[rank] = step + 1
-    return table(draw(st.permutations(rows)), ranks=ranks, sizes=sizes, contributes=contributes)
 
 
 @given(schedule=right_schedules(), late=st.booleans())

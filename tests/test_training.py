@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from processes import Seen, batch
+from processes import TRAINERS, Seen, batch, run, short_folder
 from torch.nn import functional
 
 from distsim import exchanges
@@ -63,12 +63,16 @@ def command(strategy: str, per_worker: int, out: Path, *more: str) -> list[str]:
     return ["--strategy", strategy, *numbers, "--out", str(out), "--json", *more]
 
 
+SPECS = ("halving-doubling", "double-tree:segments=2", "hierarchical:node=1", "ring:channels=2,bidirectional=true")
+
+
 class Trainings:
-    """The trainings of one torchrun: ring, all-to-all, and the ring's library all-reduce."""
+    """The trainings of one torchrun: ring, all-to-all, the ring's library all-reduce, and some of the others."""
 
     def __init__(self, workers: int, per_worker: int, folder: Path) -> None:
         self.workers, self.sequences = workers, workers * per_worker
-        commands = {
+        commands = {spec: command(spec, per_worker, folder / "others") for spec in SPECS}
+        commands |= {
             "ring": command("ring", per_worker, folder / "ring"),
             "all-to-all": command("all-to-all", per_worker, folder / "all-to-all"),
             "library": command("ring", per_worker, folder / "library", "--transport", "library"),
@@ -92,7 +96,7 @@ def trainings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Trainings(workers, per_worker, tmp_path_factory.mktemp(f"ranks{workers}"))
 
 
-NAMES = ("ring", "all-to-all", "library")
+NAMES = ("ring", "all-to-all", "library", *SPECS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,6 +132,33 @@ def test_the_messages_counted_are_those_of_the_schedule(trainings: Trainings, st
     assert (len(spans["row"]), sum(spans["bytes"])) == (messages, size)
     one = exchanges.build(strategy, n, params).traffic(8)
     assert totals["links"] == [[a, b, STEPS * count, STEPS * sent] for a, b, count, sent in one.links()]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_any_strategy_is_recorded_with_its_options(trainings: Trainings, spec: str) -> None:
+    n, record = trainings.workers, trainings.record(spec)
+    one = exchanges.build(spec, n, record["params"])
+    assert (record["strategy"], record["schedule_digest"]) == (spec, one.digest())
+    wanted = [[a, b, STEPS * count, STEPS * sent] for a, b, count, sent in one.traffic(8).links()]
+    assert record["totals"]["links"] == wanted
+
+
+def test_two_servers_share_the_parameters() -> None:
+    """On Ray: each of two servers updates its half, and the losses are those of single-process training."""
+    _, losses = reference(8)
+    with short_folder() as folder:
+        flags = command("parameter-server:servers=2", 4, folder / "runs")
+        ended = run([*TRAINERS, *flags, "--workers", "2"], folder)
+        assert (ended.code, ended.left) == (0, []), ended.err
+        assert (folder / "runs" / "parameter-server_servers=2.measured.json").exists()
+    record = json.loads(ended.out)
+    np.testing.assert_allclose(record["losses"], losses, rtol=1e-12)
+    assert (record["strategy"], record["workers"], record["ranks"]) == ("parameter-server:servers=2", 2, 4)
+    halves = {2: (record["params"] + 1) // 2 * 8, 3: record["params"] // 2 * 8}
+    pairs = [(worker, server) for worker in (0, 1) for server in (2, 3)]
+    wanted = [[a, b, STEPS, STEPS * halves[b]] for a, b in pairs]
+    wanted += [[b, a, STEPS, STEPS * halves[b]] for a, b in pairs]
+    assert record["totals"]["links"] == sorted(wanted)
 
 
 def test_the_librarys_messages_are_not_observable(trainings: Trainings) -> None:

@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distsim.cli import Parser
-from distsim.errors import ConfigError, DistsimError, nearest
-from distsim.exchanges import STRATEGIES
+from distsim.errors import ConfigError, DistsimError
+from distsim.exchanges import STRATEGIES, parse
 from trainers.config import DTYPES, RunConfig
 
 if TYPE_CHECKING:
     from trainers.report import Summary
 
 
-def strategy(name: str) -> str:
-    """Accept the name of a strategy."""
-    if name not in STRATEGIES:
-        raise argparse.ArgumentTypeError(f"unknown strategy {name!r}{nearest(name, STRATEGIES)}")
-    return name
+def strategy(spec: str) -> str:
+    """Accept a strategy and its options; return them in their canonical form."""
+    try:
+        return str(parse(spec))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parser() -> Parser:
     """Return the command line's flags; each means one thing, and RunConfig says what."""
     flags = Parser(prog="trainers", description=__doc__, allow_abbrev=False)
-    flags.add_argument("--strategy", required=True, type=strategy, help=f"one of: {', '.join(STRATEGIES)}")
+    flags.add_argument(
+        "--strategy", required=True, type=strategy, help=f"{', '.join(STRATEGIES)}; with options NAME:KEY=VALUE,..."
+    )
     flags.add_argument("--workers", type=int, help="parameter-server: how many (torchrun's ranks otherwise)")
     flags.add_argument("--steps", type=int, default=50, help="optimizer steps (default 50)")
     flags.add_argument("--batch-size", type=int, default=4, help="sequences per worker and step (default 4)")
@@ -69,7 +72,7 @@ def _run(flags: argparse.Namespace) -> int:
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     rest = f"--strategy {flags.strategy} --steps {flags.steps}"
     values = {name: getattr(flags, name) for name in RunConfig.__dataclass_fields__ if hasattr(flags, name)}
-    if flags.strategy == "parameter-server":
+    if parse(flags.strategy).name == "parameter-server":
         workers = flags.workers if flags.workers is not None else 4
         if under_torchrun:
             raise ConfigError(

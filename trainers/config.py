@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distsim.errors import ConfigError
+from distsim.exchanges import parse
 
 DTYPES = ("float32", "float64")
 
@@ -14,7 +15,7 @@ class RunConfig:
     """A training run. Everything here is part of the fingerprint that ranks compare."""
 
     strategy: str
-    """ring, all-to-all or parameter-server."""
+    """A strategy with its options, as `distsim.exchanges.build` takes it."""
     workers: int
     """Ranks that compute gradients."""
     steps: int = 50
@@ -47,7 +48,7 @@ class RunConfig:
             raise ConfigError(f"--seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"--learning-rate must be a positive number, not {self.learning_rate}")
-        if self.transport == "library" and self.strategy != "ring":
+        if self.transport == "library" and parse(self.strategy).name != "ring":
             raise ConfigError(
                 f"--transport library is the library's ring all-reduce; with --strategy {self.strategy} "
                 "use --transport schedule"

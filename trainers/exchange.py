@@ -1,8 +1,8 @@
 """Runs a `Schedule`, any schedule, on real tensors over a transport.
 
-A process hosts one rank (torchrun, Ray) or all of them (tests). Rows are posted step by step; before a row
+A process hosts one rank (torchrun, Ray) or all of them (tests). Messages are posted step by step; before one
 reads, the applies that it depends on are made; an apply waits for its arrivals and for the reads of what it
-overwrites. All of that comes from `distsim.schedule.dependencies`: no strategy has a branch here.
+overwrites. All of that comes from `Schedule.messages` and `distsim.dependencies`: no strategy has a branch here.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distsim.schedule import Bools, Op, Schedule, Source, dependencies
+from distsim.dependencies import dependencies
+from distsim.schedule import Bools, Ints, Op, Schedule, Source
 from trainers.transport import Message, Request, Transport
 
 
@@ -29,17 +31,24 @@ class ScheduleRunner:
         self.transport = transport
         self.which = which
         self.waits = dependencies(schedule)
+        self.messages = schedule.messages()
         hosted = np.zeros(schedule.ranks, dtype=bool)
         hosted[list(ranks)] = True
-        edges = np.concatenate(([0], np.cumsum(schedule.chunk_elements))).tolist()
-        self._slices = [slice(first, last) for first, last in pairwise(edges)]
-        self._steps = _by_step(schedule, hosted)
+        edges = np.concatenate(([0], np.cumsum(schedule.chunk_elements)))
+        self._slices = [slice(first, last) for first, last in pairwise(edges.tolist())]
+        first = self.messages.first
+        last = self.messages.last + 1
+        self._rows_of = [range(*span) for span in zip(first.tolist(), last.tolist(), strict=True)]
+        begin, end = edges[schedule.chunk[first]], edges[schedule.chunk[self.messages.last] + 1]
+        self._slice_of = [slice(*span) for span in zip(begin.tolist(), end.tolist(), strict=True)]
+        self._message_of: list[int] = self.messages.of_row.tolist()
+        self._steps = _by_step(schedule, first, hosted)
         mine = np.flatnonzero(hosted[self.waits.dst])
         self._groups: list[int] = mine[np.argsort(self.waits.step[mine], kind="stable")].tolist()
         self._after_group: list[int] = self.waits.after_group.tolist()
         self._gated_by: defaultdict[int, list[int]] = defaultdict(list)
         for row in np.flatnonzero(hosted[schedule.src] & (self.waits.gates_group >= 0)).tolist():
-            self._gated_by[int(self.waits.gates_group[row])].append(row)
+            self._gated_by[int(self.waits.gates_group[row])].append(self._message_of[row])
         reads_input = np.zeros(schedule.ranks, dtype=bool)
         reads_input[schedule.src[schedule.source == Source.INPUT]] = True
         changes = np.zeros(schedule.ranks, dtype=bool)
@@ -61,6 +70,17 @@ class ScheduleRunner:
         return _Run(self, values).execute()
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """A message on its way in, and what it carries once it is there."""
+
+    request: Request
+    staged: Tensor
+    rows_left: int
+    """Rows of it that are not applied yet."""
+    there: bool = False
+
+
 class _Run:
     """The state of one execution."""
 
@@ -70,26 +90,26 @@ class _Run:
         self.work = values
         self.inputs = {**values, **{rank: values[rank].clone() for rank in runner._keeps_input}}
         self.sending: dict[int, Request] = {}
-        self.arriving: dict[int, tuple[Request, Tensor]] = {}
+        self.arriving: dict[int, _Arrival] = {}
         self.applied: dict[int, None] = {}
 
     def execute(self) -> list[int]:
-        schedule, runner = self.runner.schedule, self.runner
-        after_group: list[int] = runner._after_group
-        for send_rows, receive_rows in runner._steps:
-            for row in send_rows:
-                self.apply(after_group[row])
-            sends = [self._message(row, self._read(row)) for row in send_rows]
-            receives = [self._message(row, runner._staging.take(self._landing(row))) for row in receive_rows]
+        runner = self.runner
+        for outgoing, incoming in runner._steps:
+            for message in outgoing:
+                for row in runner._rows_of[message]:
+                    self.apply(runner._after_group[row])
+            sends = [self._message(message, self._read(message)) for message in outgoing]
+            receives = [self._message(message, runner._staging.take(self._landing(message))) for message in incoming]
             sending, arriving = runner.transport.post(runner.which, sends, receives)
-            self.sending.update(zip(send_rows, sending, strict=True))
-            for message, request in zip(receives, arriving, strict=True):
-                self.arriving[message.row] = (request, message.tensor)
+            self.sending.update(zip(outgoing, sending, strict=True))
+            for message, posted, request in zip(incoming, receives, arriving, strict=True):
+                self.arriving[message] = _Arrival(request, posted.tensor, len(runner._rows_of[message]))
         for group in runner._groups:
             self.apply(group)
         for request in self.sending.values():
             request.wait()
-        assert len(self.applied) == len(runner._groups) and not self.arriving, schedule
+        assert len(self.applied) == len(runner._groups) and not self.arriving, runner.schedule
         return list(self.applied)
 
     def apply(self, group: int) -> None:
@@ -107,14 +127,15 @@ class _Run:
         own = self.work[rank][runner._slices[chunk]]
         rows = waits.rows_of(group).tolist()
         arrivals = [self._arrive(row) for row in rows]
-        for row in runner._gated_by[group]:
-            self.sending.pop(row).wait()
+        for message in runner._gated_by[group]:
+            if message in self.sending:
+                self.sending.pop(message).wait()
         if waits.op[group] == Op.COPY:
             own.copy_(arrivals[0])
         else:
             _sum_in_order(own, self._terms(group, rows, arrivals, own))
-        for arrival in arrivals:
-            runner._staging.give_back(arrival)
+        for row in rows:
+            self._done_with(runner._message_of[row])
         self.applied[group] = None
 
     def _terms(self, group: int, rows: list[int], arrivals: list[Tensor], own: Tensor) -> list[Tensor]:
@@ -127,24 +148,37 @@ class _Run:
         return terms
 
     def _arrive(self, row: int) -> Tensor:
-        request, tensor = self.arriving.pop(row)
-        request.wait()
-        self.runner.transport.log.received_s[self.runner.which, row] = time.monotonic()
-        return tensor
+        """Wait for the message that carries a row, unless it is there already; return the row's part of it."""
+        runner = self.runner
+        message = runner._message_of[row]
+        arrival = self.arriving[message]
+        if not arrival.there:
+            arrival.request.wait()
+            arrival.there = True
+            runner.transport.log.received_s[runner.which, runner._rows_of[message][0]] = time.monotonic()
+        part, begin = runner._slices[int(runner.schedule.chunk[row])], runner._slice_of[message].start
+        return arrival.staged[part.start - begin : part.stop - begin]
 
-    def _message(self, row: int, tensor: Tensor) -> Message:
-        schedule = self.runner.schedule
+    def _done_with(self, message: int) -> None:
+        """A row has been applied; with a message's last one its staging is free again."""
+        arrival = self.arriving[message]
+        arrival.rows_left -= 1
+        if not arrival.rows_left:
+            self.runner._staging.give_back(self.arriving.pop(message).staged)
+
+    def _message(self, message: int, tensor: Tensor) -> Message:
+        schedule, row = self.runner.schedule, self.runner._rows_of[message][0]
         return Message(row, int(schedule.src[row]), int(schedule.dst[row]), tensor)
 
-    def _read(self, row: int) -> Tensor:
-        schedule = self.runner.schedule
+    def _read(self, message: int) -> Tensor:
+        schedule, row = self.runner.schedule, self.runner._rows_of[message][0]
         values = self.inputs if schedule.source[row] == Source.INPUT else self.work
-        return values[int(schedule.src[row])][self.runner._slices[int(schedule.chunk[row])]]
+        return values[int(schedule.src[row])][self.runner._slice_of[message]]
 
-    def _landing(self, row: int) -> Tensor:
-        """Where a row's data will go: what its staging buffer must be like."""
-        schedule = self.runner.schedule
-        return self.work[int(schedule.dst[row])][self.runner._slices[int(schedule.chunk[row])]]
+    def _landing(self, message: int) -> Tensor:
+        """Where a message's data will go: what its staging buffer must be like."""
+        schedule, row = self.runner.schedule, self.runner._rows_of[message][0]
+        return self.work[int(schedule.dst[row])][self.runner._slice_of[message]]
 
 
 def _sum_in_order(own: Tensor, terms: list[Tensor]) -> None:
@@ -158,12 +192,12 @@ def _sum_in_order(own: Tensor, terms: list[Tensor]) -> None:
         own.copy_(total)
 
 
-def _by_step(schedule: Schedule, hosted: Bools) -> list[tuple[list[int], list[int]]]:
-    """For each step in which a hosted rank takes part: the rows that it sends and the rows that it receives."""
-    sent, received = hosted[schedule.src], hosted[schedule.dst]
-    rows = np.flatnonzero(sent | received)
-    steps, first = np.unique(schedule.step[rows], return_index=True)
-    parts = np.split(rows, first[1:]) if len(steps) else []
+def _by_step(schedule: Schedule, first: Ints, hosted: Bools) -> list[tuple[list[int], list[int]]]:
+    """For each step in which a hosted rank takes part: the messages that it sends and those that it receives."""
+    sent, received = hosted[schedule.src[first]], hosted[schedule.dst[first]]
+    chosen = np.flatnonzero(sent | received)
+    steps, start = np.unique(schedule.step[first[chosen]], return_index=True)
+    parts = np.split(chosen, start[1:]) if len(steps) else []
     return [(part[sent[part]].tolist(), part[received[part]].tolist()) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""Training on Ray actors: one for each worker and one for the parameter server, all running the same loop."""
+"""Training on Ray actors: one for each worker and each parameter server, all running the same loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainers.workloads import language_model
 
 
 def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) -> report.Summary:
-    """Train with `config.workers` workers and a server; start a local Ray unless `address` names one to join.
+    """Train with all workers and servers; start a local Ray unless `address` names one to join.
 
     Raises: ConfigError if the cluster cannot be joined or the ranks disagree; DistsimError if an actor dies.
     """

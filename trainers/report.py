@@ -180,11 +180,12 @@ def _spans(exchange: Exchange, results: Sequence[RankResult]) -> Spans | None:
 def finish(measured: RunRecord, simulated: RunRecord | None, out: Path) -> Summary:
     """Write the records into the folder `out` as NAME.measured.json and NAME.simulated.json.
 
-    The name is the strategy, or STRATEGY-library. An earlier simulation of that name, which would now stand
+    The name is the strategy (its options after an underscore: not every file system takes a colon), or
+    STRATEGY-library. An earlier simulation of that name, which would now stand
     beside another run, is removed.
     """
-    library = "-library" if measured.totals == NOT_OBSERVABLE else ""
-    paths = {origin: out / f"{measured.strategy}{library}.{origin}.json" for origin in ("measured", "simulated")}
+    name = measured.strategy.replace(":", "_") + ("-library" if measured.totals == NOT_OBSERVABLE else "")
+    paths = {origin: out / f"{name}.{origin}.json" for origin in ("measured", "simulated")}
     record.write(measured, paths["measured"])
     if simulated is None:
         paths["simulated"].unlink(missing_ok=True)

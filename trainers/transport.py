@@ -24,7 +24,7 @@ class Request(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One row of a schedule as a process sees it: a tensor to send, or to receive into."""
+    """One message of a schedule as a process sees it: a tensor to send, or to receive into."""
 
     row: int
     src: int
