@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from distsim.cluster import Cluster
-from distsim.engine import Ints, TaskGraph
-from distsim.schedule import Dependencies, Exchange, Op, Schedule, dependencies
+from distsim.dependencies import Dependencies, dependencies
+from distsim.messages import Messages
+from distsim.network import Network, Sharing, network
+from distsim.places import numbers, places
+from distsim.schedule import Exchange, Ints, Op, Schedule
+from distsim.taskgraph import Edges, Floats, TaskGraph
 
 Index = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+Posting = Literal["eager", "rounds"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Part:
+    """One schedule of an exchange, and where its messages and applies are among the tasks."""
+
+    schedule: Schedule
+    waits: Dependencies
+    messages: Messages
+    sends: slice
+    """The task of each message."""
+    groups: slice
+    """The task of each group of `waits`."""
+    posts: slice | None = None
+    """The task of each message's handing over, where that takes time."""
+
+    def chunks(self, message: int) -> str:
+        """Say which chunks a message carries: `"chunk 2"`, `"chunks 2-5"`."""
+        first, last = (int(self.schedule.chunk[rows[message]]) for rows in (self.messages.first, self.messages.last))
+        return f"chunk {first}" if first == last else f"chunks {first}-{last}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -19,102 +47,155 @@ class Lowered:
     """A task graph, and where the parts of the exchange are in it."""
 
     graph: TaskGraph
-    waits: tuple[Dependencies, ...]
-    """Per schedule of the exchange: its `dependencies`."""
-    transfers: tuple[Index, ...]
-    """Per schedule of the exchange: the task of each row."""
-    applies: tuple[Index, ...]
-    """Per schedule of the exchange: the task of each group of its `dependencies`."""
+    network: Network
+    parts: tuple[Part, ...]
 
 
 @dataclass(slots=True)
 class _Tasks:
-    """Columns of tasks and waits as they grow."""
+    """Tasks as they get their numbers: first those with a route, then joins."""
 
     count: int = 0
-    duration_s: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    latency_s: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    route: list[Index] = field(default_factory=list)
-    before: list[Index] = field(default_factory=list)
-    after: list[Index] = field(default_factory=list)
+    amount: list[Floats] = field(default_factory=list)
+    route: list[npt.NDArray[np.integer]] = field(default_factory=list)
+    edges: list[Edges] = field(default_factory=list)
+    names: list[tuple[int, Callable[[int], str]]] = field(default_factory=list)
 
-    def add(self, duration_s: npt.ArrayLike, latency_s: npt.ArrayLike, route: Index) -> Index:
-        """Add one task for each entry of `route`; return their numbers."""
-        tasks = self.count + np.arange(len(route))
-        self.duration_s.append(np.broadcast_to(np.asarray(duration_s, dtype=np.float64), route.shape))
-        self.latency_s.append(np.broadcast_to(np.asarray(latency_s, dtype=np.float64), route.shape))
+    def add(self, amount: Floats, route: npt.NDArray[np.integer], name: Callable[[int], str]) -> slice:
+        self.amount.append(amount)
         self.route.append(route)
-        self.count += len(route)
-        return tasks
+        return self.join(len(amount), name)
 
-    def wait(self, before: Index, after: Index, where: npt.NDArray[np.bool_] | None = None) -> None:
-        """Let each `after` wait for its `before`, where `where` holds (by default everywhere)."""
-        keep = slice(None) if where is None else where
-        self.before.append(before[keep])
-        self.after.append(after[keep])
+    def join(self, count: int, name: Callable[[int], str]) -> slice:
+        self.names.append((self.count, name))
+        self.count += count
+        return slice(self.count - count, self.count)
+
+    def describe(self, task: int) -> str:
+        first, name = [named for named in self.names if named[0] <= task][-1]
+        return name(task - first)
 
 
-def lower(exchange: Exchange, cluster: Cluster, itemsize: int) -> Lowered:
+def lower(
+    exchange: Exchange,
+    cluster: Cluster,
+    itemsize: int,
+    *,
+    sharing: Sharing | None = None,
+    posting: Posting = "eager",
+) -> Lowered:
     """Lower an exchange of elements of `itemsize` bytes; rank r runs on device r of the cluster.
 
-    A transfer holds every link of its route for its bytes over the least bandwidth on it, and the greatest
-    overhead on it; it arrives the sum of the latencies later. An apply holds its rank's processor while it
-    adds. Updates take no time; they keep a rank's parameters from being shared before all of its gradients
-    are in.
-    """
-    ranks = exchange.ranks
-    traffic = exchange.traffic(itemsize)
-    pairs = traffic.link_src * ranks + traffic.link_dst
-    ptr, links = cluster.routes(traffic.link_src, traffic.link_dst)
-    path_bandwidth_Bps = _along(np.minimum, cluster.bandwidth_Bps, ptr, links)
-    path_overhead_s = _along(np.maximum, cluster.overhead_s, ptr, links)
-    path_latency_s = _along(np.add, cluster.latency_s, ptr, links)
-    processor_route = len(pairs)  # routes: one for each pair that talks, then one for each rank's processor
-    resources = len(cluster.bandwidth_Bps) + ranks
+    A transfer moves its bytes over the links of its route, which it shares fairly or takes in order (`sharing`,
+    by default the cluster's), and arrives the sum of their latencies later. Before it, its sender's host spends
+    an overhead on it; after it, the receiver's processor adds. Hosts and processors do one thing after another.
+    Updates take no time; they keep a rank's parameters from being shared before all of its gradients are in.
 
+    `posting` says when a rank hands its transfers over: `eager`, as soon as what they depend on is there;
+    `rounds`, those of a step only when all that it sent and received in earlier steps is over, as where every
+    step is one group of calls on a stream.
+    """
+    net = network(exchange.schedules(), cluster, sharing)
+    plans = [dependencies(schedule) for schedule in exchange.schedules()]
+    return assemble(exchange, net, plans, itemsize, posting)
+
+
+def assemble(
+    exchange: Exchange, net: Network, plans: Sequence[Dependencies], itemsize: int, posting: Posting
+) -> Lowered:
+    """Make the tasks of an exchange on a network, and what they wait for; the rest is as for `lower`."""
+    schedules, cluster = exchange.schedules(), net.cluster
+    sent = [schedule.messages() for schedule in schedules]
     tasks = _Tasks()
-    updates = np.full(ranks, -1)
-    transfers, applies, plans = [], [], []
-    for schedule in exchange.schedules():
-        waits = dependencies(schedule)
-        route = np.searchsorted(pairs, schedule.src.astype(np.int64) * ranks + schedule.dst)
-        row_bytes = schedule.elements() * itemsize
-        holding_s = row_bytes / path_bandwidth_Bps[route] + path_overhead_s[route]
-        rows = tasks.add(holding_s, path_latency_s[route], route)
-        added_bytes = additions(waits) * schedule.chunk_elements[waits.chunk] * itemsize
-        adding_s = added_bytes / cluster.reduce_bandwidth_Bps[waits.dst]
-        groups = tasks.add(adding_s, 0.0, processor_route + waits.dst.astype(np.int64))
-        tasks.wait(groups[waits.after_group], rows, waits.after_group >= 0)
-        tasks.wait(rows, groups[waits.group_of_row])
-        tasks.wait(rows, groups[waits.gates_group], waits.gates_group >= 0)
-        tasks.wait(groups[waits.previous], groups, waits.previous >= 0)
-        tasks.wait(updates[schedule.src], rows, (updates[schedule.src] >= 0) & (waits.after_group < 0))
-        transfers.append(rows)
-        applies.append(groups)
-        plans.append((schedule, waits))
+    sends, posts, groups = [], [], []
+    for which, (schedule, each) in enumerate(zip(schedules, sent, strict=True)):
+        amount = (each.totals(schedule.elements()) * itemsize).astype(np.float64)
+        name = _names(which, "sending", _message_of(schedule, each))
+        sends.append(
+            tasks.add(amount, net.route_of_rows[which] if each.single else net.route_of_rows[which][each.first], name)
+        )
+    if (cluster.host_overhead_s[: exchange.ranks] > 0).any():
+        for which, (schedule, each) in enumerate(zip(schedules, sent, strict=True)):
+            src = schedule.src[each.first]
+            name = _names(which, "posting", _message_of(schedule, each))
+            posts.append(tasks.add(cluster.host_overhead_s[src], net.host_route + src, name))
+    adds = bool(np.isfinite(cluster.reduce_bandwidth_Bps[: exchange.ranks]).any())
+    for which, (schedule, waits) in enumerate(zip(schedules, plans, strict=True)):
+        if adds:
+            amount = (additions(waits) * schedule.chunk_elements[waits.chunk] * itemsize).astype(np.float64)
+            name = _names(which, "applying at", _place_of(waits))
+            groups.append(tasks.add(amount, net.processor_route + waits.dst, name))
+    timed = tasks.count
+    if not adds:
+        groups = [
+            tasks.join(waits.groups, _names(which, "applying at", _place_of(waits)))
+            for which, waits in enumerate(plans)
+        ]
+
+    updates, over = (np.full(exchange.ranks, -1, np.int32) for _ in range(2))
+    for which, (schedule, waits) in enumerate(zip(schedules, plans, strict=True)):
+        message, every = sent[which].of_row, numbers(waits.groups)
+        sending, applying = sends[which].start, groups[which].start
+        starting = posts[which].start if posts else sending
+        tasks.edges += [
+            Edges(waits.after_group, message, applying, starting),
+            Edges(message, waits.group_of_row, sending, applying),
+            Edges(message, waits.gates_group, sending, applying),
+            Edges(waits.previous, every, applying, applying),
+        ]
+        if posts:
+            number = numbers(sent[which].count)
+            tasks.edges.append(Edges(number, number, starting, sending))
+        if (updates >= 0).any():
+            first = np.where(waits.after_group < 0, updates[schedule.src], -1)
+            tasks.edges.append(Edges(first, message, 0, starting))
+        if posting == "rounds":
+            over = _rounds(tasks, schedule, waits, message, sending, starting, over)
         if schedule is exchange.gradients and exchange.parameters is not None:
             updating = np.flatnonzero(exchange.updates())
-            updates[updating] = tasks.add(0.0, 0.0, processor_route + updating)
-            tasks.wait(groups, updates[waits.dst], updates[waits.dst] >= 0)
-
-    graph = TaskGraph(
-        duration_s=np.concatenate(tasks.duration_s),
-        latency_s=np.concatenate(tasks.latency_s),
-        route=np.concatenate(tasks.route).astype(np.int32),
-        route_ptr=np.concatenate((ptr, ptr[-1] + np.arange(1, ranks + 1))).astype(np.int32),
-        route_resources=np.concatenate((links, len(cluster.bandwidth_Bps) + np.arange(ranks))).astype(np.int32),
-        resources=resources,
-        before=np.concatenate(tasks.before).astype(np.int32),
-        after=np.concatenate(tasks.after).astype(np.int32),
-        describe=lambda task: _describe(task, transfers, applies, plans),
+            made = tasks.join(len(updating), _names(which, "updating rank", updating.__getitem__))
+            updates[updating] = np.arange(made.start, made.stop)
+            tasks.edges.append(Edges(every, updates[waits.dst], applying, 0))
+    graph = TaskGraph.of(
+        amount=_joined(tasks.amount),
+        route=_joined(tasks.route).astype(np.int32, copy=False),
+        resources=net.resources,
+        routes=net.routes,
+        edges=tasks.edges,
+        joins=tasks.count - timed,
+        describe=tasks.describe,
     )
-    waits_of = tuple(waits for _, waits in plans)
-    return Lowered(graph=graph, waits=waits_of, transfers=tuple(transfers), applies=tuple(applies))
+    handed: list[slice | None] = [*posts] if posts else [None] * len(plans)
+    columns = zip(schedules, plans, sent, sends, groups, handed, strict=True)
+    parts = [
+        Part(schedule=schedule, waits=waits, messages=each, sends=send, groups=group, posts=post)
+        for schedule, waits, each, send, group, post in columns
+    ]
+    return Lowered(graph=graph, network=net, parts=tuple(parts))
 
 
-def _along(combine: np.ufunc, values: npt.NDArray[np.float64], ptr: Ints, links: Ints) -> npt.NDArray[np.float64]:
-    """Combine a column of the links along each route; every route has links."""
-    return combine.reduceat(values[links], ptr[:-1]) if len(links) else np.zeros(0)
+def _rounds(
+    tasks: _Tasks, schedule: Schedule, waits: Dependencies, message: Ints, sending: int, starting: int, over: Ints
+) -> Ints:
+    """Let a rank's messages of a step wait for all that it sends and receives in its step before.
+
+    `over` is, per rank, the task that ends its last step in an earlier schedule, -1 for none; returns those of this.
+    """
+    lands = waits.dst[waits.group_of_row]
+    (sends, receives), count = places(schedule.steps, (schedule.src, schedule.step), (lands, schedule.step))
+    owner = np.full(count, -1, np.int32)
+    owner[sends], owner[receives] = schedule.src, lands
+    number = np.cumsum(owner >= 0, dtype=np.int32) - np.int32(1)
+    owner = owner[owner >= 0]
+    ends = tasks.join(len(owner), lambda end: f"a step of rank {owner[end]}").start
+    before = np.arange(ends - 1, ends + len(owner) - 1, dtype=np.int32)
+    first = np.diff(owner, prepend=-1) != 0
+    before[first] = over[owner[first]]
+    for side in (number[sends], number[receives]):
+        tasks.edges += [Edges(message, side, sending, ends), Edges(before[side], message, 0, starting)]
+    last = over.copy()
+    last[owner] = np.arange(ends, ends + len(owner))  # of one rank's steps the last is entered last
+    return last
 
 
 def additions(waits: Dependencies) -> Index:
@@ -122,16 +203,18 @@ def additions(waits: Dependencies) -> Index:
     return np.where(waits.op == Op.REDUCE, np.diff(waits.member_ptr) + waits.joins_own - 1, 0).astype(np.int64)
 
 
-def _describe(
-    task: int, transfers: list[Index], applies: list[Index], plans: list[tuple[Schedule, Dependencies]]
-) -> str:
-    """Name a task: which row of which schedule is sent, or what is applied where."""
-    for which, (rows, groups, (schedule, waits)) in enumerate(zip(transfers, applies, plans, strict=True)):
-        what = "gradients" if which == 0 else "parameters"
-        if len(rows) and rows[0] <= task <= rows[-1]:
-            return f"{what}: sending {schedule.describe(task - int(rows[0]))}"
-        if len(groups) and groups[0] <= task <= groups[-1]:
-            group = task - int(groups[0])
-            place = f"step {waits.step[group]}, rank {waits.dst[group]}, chunk {waits.chunk[group]}"
-            return f"{what}: applying at {place}"
-    return f"update task {task}"
+def _joined(columns: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+
+def _names(which: int, doing: str, name: Callable[[int], object]) -> Callable[[int], str]:
+    what = ("gradients", "parameters")[which]
+    return lambda task: f"{what}: {doing} {name(task)}"
+
+
+def _place_of(waits: Dependencies) -> Callable[[int], str]:
+    return lambda group: f"step {waits.step[group]}, rank {waits.dst[group]}, chunk {waits.chunk[group]}"
+
+
+def _message_of(schedule: Schedule, each: Messages) -> Callable[[int], str]:
+    return lambda message: schedule.describe(int(each.first[message]))

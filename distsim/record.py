@@ -7,7 +7,6 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distsim.errors import ConfigError
@@ -119,24 +118,18 @@ def time_error(first: RunRecord, second: RunRecord) -> float | None:
 def from_simulation(simulation: Simulation) -> RunRecord:
     """Make the record of a simulated exchange."""
     exchange, timeline = simulation.exchange, simulation.timeline
-    parts = exchange.schedules()
     itemsize = ITEMSIZE[simulation.dtype]
-    tasks = np.concatenate(simulation.lowered.transfers)
-
-    def column(name: str) -> list[int]:
-        return [value for part in parts for value in getattr(part, name).tolist()]
-
-    spans = Spans(
-        schedule=[which for which, part in enumerate(parts) for _ in range(part.messages)],
-        row=[row for part in parts for row in range(part.messages)],
-        step=column("step"),
-        src=column("src"),
-        dst=column("dst"),
-        chunk=column("chunk"),
-        bytes=[elements * itemsize for part in parts for elements in part.elements().tolist()],
-        start_s=timeline.start_s[tasks].tolist(),
-        finish_s=timeline.finish_s[tasks].tolist(),
-    )
+    columns: dict[str, list[Any]] = {name: [] for name in Spans.model_fields}
+    for which, part in enumerate(simulation.lowered.parts):
+        first = part.messages.first
+        columns["schedule"] += [which] * part.messages.count
+        columns["row"] += first.tolist()
+        for name in ("step", "src", "dst", "chunk"):
+            columns[name] += getattr(part.schedule, name)[first].tolist()
+        columns["bytes"] += (part.messages.totals(part.schedule.elements()) * itemsize).tolist()
+        columns["start_s"] += timeline.start_s[part.sends].tolist()
+        columns["finish_s"] += timeline.finish_s[part.sends].tolist()
+    spans = Spans(**columns)
     return RunRecord(
         origin="simulated",
         strategy=exchange.strategy,

@@ -3,8 +3,8 @@
 A row `(step, src, dst, chunk, op, source)` says: at `step`, rank `src` sends its value of `chunk` to rank
 `dst`, which adds it to its own running value (`reduce`) or overwrites that (`copy`). `source` says which of
 the sender's two values goes out: `input`, its own contribution, which nothing ever changes, or `work`, the
-running value. What must wait for what follows from the rows alone and is derived here, once, by
-`dependencies`; no interpreter adds rules of its own.
+running value. What must wait for what follows from the rows alone and is derived once, in dependencies.py;
+no interpreter adds rules of its own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from distsim.collectives import find
+from distsim.compiled import call
 from distsim.errors import ScheduleError
-from distsim.traffic import Traffic
+from distsim.messages import Messages, coalesced, each_row
+from distsim.places import places
+from distsim.traffic import Rows, Traffic
 
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
@@ -70,6 +75,8 @@ class Schedule:
     """Initial holders: who contributes a value to which chunk, shape (ranks, chunks)."""
     must_hold: Bools
     """Postcondition: who must hold the sum of all contributions to a chunk afterwards, shape (ranks, chunks)."""
+    coalesced: bool = False
+    """Whether rows travel together where messages.py says that they can; otherwise each is a message of its own."""
 
     @staticmethod
     def of(
@@ -84,6 +91,7 @@ class Schedule:
         source: npt.ArrayLike,
         contributes: npt.ArrayLike = True,
         must_hold: npt.ArrayLike = True,
+        coalesced: bool = False,
     ) -> Schedule:
         """Build a schedule from columns in any order that broadcast against each other.
 
@@ -92,14 +100,19 @@ class Schedule:
 
         Raises: ScheduleError if the table is malformed (see `Schedule`).
         """
-        table = np.broadcast_arrays(*np.atleast_1d(step, src, dst, chunk, op, source))
-        columns = [_integers(name, column) for name, column in zip(COLUMNS, table, strict=True)]
+        given = (step, src, dst, chunk, op, source)
+        columns = [_integers(name, np.atleast_1d(column)) for name, column in zip(COLUMNS, given, strict=True)]
+        columns = [column.reshape(-1) for column in np.broadcast_arrays(*columns)]
         shape = (ranks, len(chunk_elements))
         if columns[3].size and not 0 <= columns[3].min() <= columns[3].max() < shape[1]:
             raise ScheduleError(f"a transfer names a chunk outside 0..{shape[1] - 1}")
-        sent = np.flatnonzero(chunk_elements[columns[3]] > 0)
-        rows = sent[np.argsort(columns[0][sent], kind="stable")]
-        steps, senders, receivers, chunks = (column[rows].astype(np.int32) for column in columns[:4])
+        if (chunk_elements <= 0).any():
+            sent = chunk_elements[columns[3]] > 0
+            columns = [column[sent] for column in columns]
+        if (columns[0][1:] < columns[0][:-1]).any():
+            rows = np.argsort(columns[0], kind="stable")
+            columns = [column[rows] for column in columns]
+        steps, senders, receivers, chunks, ops, sources = map(np.ascontiguousarray, columns)
         return Schedule(
             ranks=ranks,
             chunk_elements=np.array(chunk_elements),
@@ -107,10 +120,11 @@ class Schedule:
             src=senders,
             dst=receivers,
             chunk=chunks,
-            op=columns[4][rows].astype(np.int8),
-            source=columns[5][rows].astype(np.int8),
+            op=ops,
+            source=sources,
             contributes=_flags("contributes", contributes, shape),
             must_hold=_flags("must_hold", must_hold, shape),
+            coalesced=coalesced,
         )
 
     def __post_init__(self) -> None:
@@ -132,11 +146,14 @@ class Schedule:
         limits = {"src": self.ranks, "dst": self.ranks, "chunk": self.chunks, "op": 2, "source": 2}
         for name, limit in limits.items():
             column = getattr(self, name)
-            self._refuse((column < 0) | (column >= limit), f"{name} outside 0..{limit - 1}")
+            if column.size and not 0 <= column.min() <= column.max() < limit:
+                self._refuse((column < 0) | (column >= limit), f"{name} outside 0..{limit - 1}")
         self._refuse(self.step < 0, "negative step")
-        self._refuse(np.diff(self.step, prepend=0) < 0, "rows out of step order")
+        if (self.step[1:] < self.step[:-1]).any():
+            self._refuse(np.diff(self.step, prepend=0) < 0, "rows out of step order")
         self._refuse(self.src == self.dst, "a rank sends to itself")
-        self._refuse(self.chunk_elements[self.chunk] <= 0, "a chunk without parameters is sent")
+        if (self.chunk_elements <= 0).any():
+            self._refuse(self.chunk_elements[self.chunk] <= 0, "a chunk without parameters is sent")
         self._refuse_mixed_copies()
 
     def _refuse(self, bad: Bools, what: str) -> None:
@@ -145,12 +162,10 @@ class Schedule:
 
     def _refuse_mixed_copies(self) -> None:
         """At most one copy may land at a (step, dst, chunk), and none beside a reduce: order would decide."""
-        _, where, members = np.unique(
-            (self.step.astype(np.int64) * self.ranks + self.dst) * self.chunks + self.chunk,
-            return_inverse=True,
-            return_counts=True,
-        )
-        self._refuse((self.op == Op.COPY) & (members[where] > 1), "a copy lands beside another transfer")
+        (lands,), count = places(self.chunks, (self.dst, self.chunk))
+        row = call(_mixed_copy, self.rows, self.step, self.op, lands, np.full(count, -1, np.int32))
+        if row >= 0:
+            raise ScheduleError(f"a copy lands beside another transfer: {self.describe(int(row))}")
 
     @property
     def chunks(self) -> int:
@@ -163,31 +178,47 @@ class Schedule:
         return int(self.chunk_elements.sum())
 
     @property
-    def messages(self) -> int:
+    def rows(self) -> int:
         """Number of transfers."""
         return len(self.step)
+
+    def messages(self) -> Messages:
+        """Find out which rows travel together (messages.py)."""
+        if not self.coalesced:
+            return each_row(self.rows)
+        return coalesced(self.chunk, (self.src, self.dst, self.step, self.op, self.source))
 
     @property
     def steps(self) -> int:
         """Number of steps (1 + the last one)."""
-        return int(self.step[-1]) + 1 if self.messages else 0
+        return int(self.step[-1]) + 1 if self.rows else 0
 
     def elements(self) -> npt.NDArray[np.int64]:
-        """Elements of each transfer, shape (messages,)."""
+        """Elements of each transfer, shape (rows,)."""
         return self.chunk_elements[self.chunk]
 
     def traffic(self, itemsize: int) -> Traffic:
         """Count messages and bytes row by row, for elements of `itemsize` bytes."""
-        return Traffic.of(self.ranks, self.src, self.dst, self.elements() * itemsize)
+        return Traffic.of_rows(self.ranks, [self.sent(itemsize)])
+
+    def sent(self, itemsize: int) -> Rows:
+        """The messages (messages.py) of this schedule, for elements of `itemsize` bytes."""
+        each = self.messages()
+        if each.single:
+            return Rows(self.src, self.dst, self.chunk, self.chunk_elements * itemsize)
+        sizes, kind = np.unique(each.totals(self.elements()), return_inverse=True)
+        return Rows(self.src[each.first], self.dst[each.first], kind.astype(np.int32), sizes * itemsize)
 
     def digest(self) -> str:
         """SHA-256 of the whole description, in hexadecimal; the same on every machine."""
-        digest = hashlib.sha256(f"schedule 1 {self.ranks} {self.chunks} {self.messages}".encode())
+        digest = hashlib.sha256(f"schedule 1 {self.ranks} {self.chunks} {self.rows}".encode())
         digest.update(self.chunk_elements.astype("<i8").tobytes())
         for name in COLUMNS:
             digest.update(getattr(self, name).astype("<i4").tobytes())
         for name in ("contributes", "must_hold"):
             digest.update(np.packbits(getattr(self, name)).tobytes())
+        if self.coalesced:
+            digest.update(b"coalesced")
         return digest.hexdigest()
 
     def describe(self, row: int) -> str:
@@ -200,14 +231,15 @@ class Schedule:
         )
 
 
-def _integers(name: str, column: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-    """Flatten a column of whole numbers that fit into the table's 32 bits."""
+def _integers(name: str, column: npt.NDArray[np.generic]) -> npt.NDArray[np.signedinteger]:
+    """Give a column of whole numbers the table's own type, copied where the caller could still change it."""
     if column.size and column.dtype.kind not in "iu":
         raise ScheduleError(f"column {name} must hold whole numbers, not {column.dtype}")
-    limit = 127 if name in ("op", "source") else 2**31 - 1
-    if column.size and not -limit <= column.min() <= column.max() <= limit:
+    kind = np.int8 if name in ("op", "source") else np.int32
+    limit = np.iinfo(kind).max
+    if column.size and column.dtype != kind and not -limit <= column.min() <= column.max() <= limit:
         raise ScheduleError(f"column {name} holds numbers beyond {limit}")
-    return np.ascontiguousarray(column, dtype=np.int64).reshape(-1)
+    return column.astype(kind)
 
 
 def _flags(name: str, value: npt.ArrayLike, shape: tuple[int, int]) -> Bools:
@@ -228,10 +260,13 @@ class Exchange:
     """
 
     strategy: str
+    """Its spec: a name, and the options that differ from their defaults."""
     workers: int
     """Ranks 0..workers-1 compute gradients; further ranks are servers."""
     gradients: Schedule
     parameters: Schedule | None = None
+    collective: str = "all-reduce"
+    """What it does; whatever is not an all-reduce is no training step, and `gradients` is all of it."""
 
     @property
     def ranks(self) -> int:
@@ -240,8 +275,8 @@ class Exchange:
 
     @property
     def params(self) -> int:
-        """Elements of the exchanged array."""
-        return self.gradients.params
+        """Elements of a worker's array, the larger one of what it sends and receives."""
+        return self.gradients.params // find(self.collective).arrays(self.workers)
 
     def schedules(self) -> tuple[Schedule, ...]:
         """The schedules in the order in which they run."""
@@ -253,107 +288,20 @@ class Exchange:
 
     def traffic(self, itemsize: int) -> Traffic:
         """Count the messages and bytes of both schedules."""
-        parts = self.schedules()
-        return Traffic.of(
-            self.ranks,
-            np.concatenate([part.src for part in parts]),
-            np.concatenate([part.dst for part in parts]),
-            np.concatenate([part.elements() for part in parts]) * itemsize,
-        )
+        return Traffic.of_rows(self.ranks, [part.sent(itemsize) for part in self.schedules()])
 
     def digest(self) -> str:
         """SHA-256 over the schedules' digests, in hexadecimal."""
-        text = " ".join([self.strategy, str(self.workers), *(part.digest() for part in self.schedules())])
+        what = [] if self.collective == "all-reduce" else [self.collective]
+        text = " ".join([self.strategy, *what, str(self.workers), *(part.digest() for part in self.schedules())])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Dependencies:
-    """What each transfer and each apply waits for; rows are transfers, groups are applies.
-
-    A group is all that lands at one (step, dst, chunk): one copy, or the reduces that are summed together in
-    ascending rank with the receiver's own value in its place.
-    """
-
-    after_group: Ints
-    """Per row: the group whose apply must be over before the row reads its value, -1 for none."""
-    group_of_row: Ints
-    """Per row: the group that applies it."""
-    gates_group: Ints
-    """Per row: the group that overwrites what this row reads and so waits for the read's end, -1 for none."""
-    member_ptr: Ints
-    members: Ints
-    """Rows of group g in ascending sender: members[member_ptr[g]:member_ptr[g + 1]]."""
-    previous: Ints
-    """Per group: the group that is applied at the same (dst, chunk) before it, -1 for none."""
-    step: Ints
-    dst: Ints
-    chunk: Ints
-    op: npt.NDArray[np.int8]
-    """Per group: where and how it is applied."""
-    joins_own: Bools
-    """Per group: whether the receiver has a value of its own by then that joins the sum; never for a copy."""
-
-    @property
-    def groups(self) -> int:
-        """Number of applies."""
-        return len(self.step)
-
-    def rows_of(self, group: int) -> Ints:
-        """Rows of a group in ascending sender."""
-        return self.members[self.member_ptr[group] : self.member_ptr[group + 1]]
-
-
-def dependencies(schedule: Schedule) -> Dependencies:
-    """Derive what must wait for what, by the rules that random interleavings have shown to be enough.
-
-    1. A `work` read waits for every apply at (src, chunk) of an earlier step; a step's reads come before its
-       applies.
-    2. An apply waits for every `work` read of (dst, chunk) of the same or an earlier step.
-    3. Applies at one (dst, chunk) run in step order, the arrivals of one step together.
-
-    Messages of an ordered pair of ranks match in row order. Every wait points backwards in (step, read
-    before apply), so with staging for what has arrived nothing can deadlock.
-    """
-    step = schedule.step.astype(np.int64)
-    steps = schedule.steps
-    landing = schedule.dst.astype(np.int64) * schedule.chunks + schedule.chunk
-    reading = schedule.src.astype(np.int64) * schedule.chunks + schedule.chunk
-    members = np.lexsort((schedule.src, step, landing))
-    key = landing * steps + step
-    group_key, first, sizes = np.unique(key[members], return_index=True, return_counts=True)
-    place = group_key // max(steps, 1)
-
-    # The groups of one place are neighbours in step order, so the last one before a read, and the first one
-    # that overwrites what it read, are one binary search away.
-    read_key = reading * steps + step
-    following = np.searchsorted(group_key, read_key)
-    work = schedule.source == Source.WORK
-    after_group = np.where(work & _same(place, following - 1, reading), following - 1, -1)
-    gates_group = np.where(work & _same(place, following, reading), following, -1)
-    group_of_row = np.empty(len(step), dtype=np.int32)
-    group_of_row[members] = np.repeat(np.arange(len(sizes)), sizes)
-    before = np.arange(len(place)) - 1
-    previous = np.where(_same(place, before, place), before, -1).astype(np.int32)
-    dst, chunk, op = schedule.dst[members[first]], schedule.chunk[members[first]], schedule.op[members[first]]
-    return Dependencies(
-        after_group=after_group.astype(np.int32),
-        group_of_row=group_of_row,
-        gates_group=gates_group.astype(np.int32),
-        member_ptr=np.concatenate(([0], np.cumsum(sizes))).astype(np.int32),
-        members=members.astype(np.int32),
-        previous=previous,
-        step=schedule.step[members[first]],
-        dst=dst,
-        chunk=chunk,
-        op=op,
-        joins_own=(op == Op.REDUCE) & (schedule.contributes[dst, chunk] | (previous >= 0)),
-    )
-
-
-def _same(place: npt.NDArray[np.int64], index: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> Bools:
-    """Whether place[index] exists and equals `wanted`."""
-    inside = (index >= 0) & (index < len(place))
-    if not len(place):
-        return inside
-    return np.asarray(inside & (place[np.clip(index, 0, len(place) - 1)] == wanted))
+def _mixed_copy(step: Any, op: Any, lands: Any, last: Any) -> int:
+    """Return the first row that lands at one (step, place) with another while one of them is a copy; -1 for none."""
+    for row in range(len(step)):
+        other = last[lands[row]]
+        if other >= 0 and step[other] == step[row] and (op[other] == 1 or op[row] == 1):
+            return row
+        last[lands[row]] = row
+    return -1

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from distsim import bounds, engine
+from distsim import bounds, engine, exchanges, failure
 from distsim.check import check
 from distsim.cluster import Cluster
+from distsim.dependencies import dependencies
 from distsim.engine import Timeline
 from distsim.errors import ConfigError, TooFewDevices, nearest
-from distsim.lower import Lowered, lower
+from distsim.lower import Lowered, Posting, assemble, lower
+from distsim.network import Sharing, network
 from distsim.schedule import ITEMSIZE, Exchange
+from distsim.symmetry import Asymmetric, prove, quotient
 from distsim.traffic import Traffic
+
+SYMMETRIC_FROM = 512
+"""Workers from which on it pays to look for symmetry; below, every transfer is simulated, and can be looked at."""
+
+TELL_FROM = 2_000_000
+"""Transfers that take a second or more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,14 +38,19 @@ class Simulation:
     timeline: Timeline
     traffic: Traffic
     """Messages and bytes of the transfers that were run: all of the schedule's rows, or the engine raises."""
-    peak_staging_bytes: int
-    """The most that any rank has to set aside for what has begun to arrive and is not yet applied."""
+    link_load_s: bounds.Floats
+    """How long each link of the cluster is busy at least, shape (links,)."""
     latency_bound_s: float
     """The longest chain of latencies of this schedule on this cluster."""
-    bandwidth_bound_s: float
-    """The busiest link's bytes over its bandwidth."""
     any_algorithm_bound_s: float
     """What every algorithm needs at least on this cluster."""
+    copies: int = 1
+    """By symmetry: how many transfers each simulated one stands for. Counts, times and bounds are those of all."""
+
+    @property
+    def bandwidth_bound_s(self) -> float:
+        """The busiest link's bytes over its bandwidth."""
+        return float(self.link_load_s.max(initial=0.0))
 
     @property
     def time_s(self) -> float:
@@ -49,60 +64,180 @@ class Simulation:
 
     @property
     def busbw_Bps(self) -> float | None:
-        """Bus bandwidth as nccl-tests defines it for all-reduce: algbw * 2(n - 1)/n for n workers."""
-        n = self.exchange.workers
-        return None if self.algbw_Bps is None else self.algbw_Bps * 2 * (n - 1) / n
+        """Bus bandwidth as nccl-tests defines it: algbw times the collective's factor for n workers."""
+        factor = exchanges.bus_factor(self.exchange.collective, self.exchange.workers)
+        return None if self.algbw_Bps is None else self.algbw_Bps * factor
+
+    @property
+    def peak_staging_bytes(self) -> int:
+        """The most that any rank has to set aside for what has begun to arrive and is not yet applied.
+
+        Counted anew each time: for millions of messages that takes seconds.
+        """
+        return _peak_staging_bytes(self)
 
 
-def simulate(exchange: Exchange, cluster: Cluster, dtype: str = "float32") -> Simulation:
+def simulate(
+    exchange: Exchange,
+    cluster: Cluster,
+    dtype: str = "float32",
+    *,
+    sharing: Sharing | None = None,
+    posting: Posting = "eager",
+    fail: tuple[int, int] | None = None,
+) -> Simulation:
     """Check an exchange, run it on a cluster, and hold the result against its lower bounds.
 
-    Rank r runs on the cluster's device r; `dtype` is the type of an element, a key of `ITEMSIZE`.
+    Rank r runs on the cluster's device r; `dtype` is the type of an element, a key of `ITEMSIZE`. `sharing` of
+    links and `posting` of transfers are explained at `lower`. With `fail`, a rank and a step, that rank stops
+    before its transfers of that step (see failure.py).
 
-    Raises: TooFewDevices if the cluster has too few devices; ScheduleError if the exchange is wrong.
+    Raises: TooFewDevices if the cluster has too few devices; ScheduleError if the exchange is wrong; RankFailed
+    if it cannot finish without the rank that fails.
     """
-    if exchange.ranks > len(cluster.devices):
-        servers = exchange.ranks - exchange.workers
-        what = f"{exchange.workers} workers" + (f" and {servers} server" if servers else "")
-        raise TooFewDevices(
-            f"cluster {cluster.name} has {len(cluster.devices)} devices, but {exchange.strategy} with {what} "
-            f"needs {exchange.ranks}; use fewer ranks or a larger cluster (`distsim clusters` lists them)"
+    fits(exchange.strategy, exchange.workers, exchange.ranks, cluster)
+    itemsize = _itemsize(dtype)
+    check(exchange)
+    lowered = lower(exchange, cluster, itemsize, sharing=sharing, posting=posting)
+    if fail is not None:
+        failure.survive(exchange, lowered, *fail)
+    traffic = exchange.traffic(itemsize)
+    return held_against_bounds(
+        Simulation(
+            exchange=exchange,
+            cluster=cluster,
+            dtype=dtype,
+            lowered=lowered,
+            latency_bound_s=engine.longest_chain_s(lowered.graph),
+            timeline=engine.run(lowered.graph),
+            traffic=traffic,
+            link_load_s=bounds.link_load_s(traffic, cluster),
+            any_algorithm_bound_s=bounds.any_algorithm_s(exchange, itemsize, cluster),
         )
+    )
+
+
+def simulate_strategy(
+    strategy: str,
+    workers: int,
+    params: int,
+    cluster: Cluster,
+    dtype: str = "float32",
+    *,
+    collective: str = "all-reduce",
+    sharing: Sharing | None = None,
+    posting: Posting = "eager",
+    whole: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Simulation:
+    """Build and simulate an exchange; a large one by symmetry where that is proven (see symmetry.py).
+
+    `whole` simulates every transfer in any case; `tell` is told what takes long. The other arguments are as for
+    `exchanges.build` and `simulate`.
+
+    Raises: as these do; ConfigError saying what stands against symmetry where the whole does not fit in memory.
+    """
+    why = ""
+    if not whole and workers >= SYMMETRIC_FROM:
+        try:
+            return simulate_representatives(
+                strategy, workers, params, cluster, dtype, collective=collective, sharing=sharing, posting=posting
+            )
+        except Asymmetric as reason:
+            why = f"; symmetry does not help: {reason}"
+    try:
+        exchange = exchanges.build(strategy, workers, params, collective)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{why}") from None
+    rows = sum(schedule.rows for schedule in exchange.schedules())
+    if rows > TELL_FROM:
+        tell(f"checking and simulating {rows:,} transfers{why} ...")
+    return simulate(exchange, cluster, dtype, sharing=sharing, posting=posting)
+
+
+def simulate_representatives(
+    strategy: str,
+    workers: int,
+    params: int,
+    cluster: Cluster,
+    dtype: str = "float32",
+    *,
+    collective: str = "all-reduce",
+    sharing: Sharing | None = None,
+    posting: Posting = "eager",
+) -> Simulation:
+    """Simulate one transfer of each class that symmetry proves to behave alike.
+
+    Raises: Asymmetric saying what stands against it; otherwise as `simulate_strategy`.
+    """
+    fits(strategy, workers, workers, cluster)
+    itemsize = _itemsize(dtype)
+    proven = prove(strategy, workers, params, cluster, collective)
+    exchange = Exchange(
+        strategy=str(exchanges.parse(strategy, collective)),
+        workers=workers,
+        gradients=proven.schedule,
+        collective=collective,
+    )
+    net = quotient(network(exchange.schedules(), cluster, sharing), proven)
+    waits = dependencies(proven.schedule, proven.landings)
+    lowered = assemble(exchange, net, [waits], itemsize, posting)
+    timeline = engine.run(lowered.graph)
+    if engine.queued(lowered.graph, timeline):
+        raise Asymmetric("transfers have to wait for each other's turn, and turns may differ from rank to rank")
+    some = proven.schedule.traffic(itemsize)
+    return held_against_bounds(
+        Simulation(
+            exchange=exchange,
+            cluster=cluster,
+            dtype=dtype,
+            lowered=lowered,
+            latency_bound_s=engine.longest_chain_s(lowered.graph),
+            timeline=timeline,
+            traffic=proven.everywhere(some),
+            link_load_s=proven.load_s(some, cluster),
+            any_algorithm_bound_s=bounds.any_algorithm_s(
+                exchange, itemsize, cluster, proven.group.representatives(), proven.chunk_like()
+            ),
+            copies=proven.group.copies,
+        )
+    )
+
+
+def _itemsize(dtype: str) -> int:
     if dtype not in ITEMSIZE:
         raise ConfigError(f"unknown dtype {dtype!r}{nearest(dtype, ITEMSIZE)}")
-    check(exchange)
-    itemsize = ITEMSIZE[dtype]
-    lowered = lower(exchange, cluster, itemsize)
-    timeline = engine.run(lowered.graph)
-    traffic = exchange.traffic(itemsize)
-    array_bytes = exchange.params * itemsize
-    simulation = Simulation(
-        exchange=exchange,
-        cluster=cluster,
-        dtype=dtype,
-        lowered=lowered,
-        timeline=timeline,
-        traffic=traffic,
-        peak_staging_bytes=_peak_staging_bytes(exchange, itemsize, lowered, timeline),
-        latency_bound_s=engine.run(replace(lowered.graph, duration_s=np.zeros(lowered.graph.tasks))).makespan_s,
-        bandwidth_bound_s=bounds.busiest_link_s(traffic, cluster),
-        any_algorithm_bound_s=bounds.any_algorithm_s(exchange.workers, exchange.ranks, array_bytes, cluster),
-    )
+    return ITEMSIZE[dtype]
+
+
+def fits(strategy: str, workers: int, ranks: int, cluster: Cluster) -> None:
+    """Raise TooFewDevices if a cluster has fewer devices than an exchange has ranks."""
+    if ranks > len(cluster.devices):
+        servers = ranks - workers
+        what = f"{workers} workers" + (f" and {servers} server{'s' * (servers > 1)}" if servers else "")
+        raise TooFewDevices(
+            f"cluster {cluster.name} has {len(cluster.devices)} devices, but {strategy} with {what} "
+            f"needs {ranks}; use fewer ranks or a larger cluster (`distsim clusters` lists them)"
+        )
+
+
+def held_against_bounds(simulation: Simulation) -> Simulation:
+    """Return the simulation; a result beneath one of its bounds is a bug of ours."""
     for bound in ("latency_bound_s", "bandwidth_bound_s", "any_algorithm_bound_s"):
         least = getattr(simulation, bound)
         assert simulation.time_s >= least * (1 - 1e-9), f"simulated {simulation.time_s} s beats {bound} {least} s"
     return simulation
 
 
-def _peak_staging_bytes(exchange: Exchange, itemsize: int, lowered: Lowered, timeline: Timeline) -> int:
+def _peak_staging_bytes(simulation: Simulation) -> int:
     """Return the greatest sum, over time and ranks, of the messages between their start and their apply's end."""
+    timeline, itemsize = simulation.timeline, ITEMSIZE[simulation.dtype]
     rank, begin, end, size = [], [], [], []
-    parts = zip(exchange.schedules(), lowered.waits, lowered.transfers, lowered.applies, strict=True)
-    for schedule, waits, rows, groups in parts:
-        rank.append(schedule.dst)
-        begin.append(timeline.start_s[rows])
-        end.append(timeline.finish_s[groups[waits.group_of_row]])
-        size.append(schedule.elements() * itemsize)
+    for part in simulation.lowered.parts:
+        rank.append(part.waits.dst[part.waits.group_of_row])
+        begin.append(timeline.start_s[part.sends][part.messages.of_row])
+        end.append(timeline.finish_s[part.groups][part.waits.group_of_row])
+        size.append(part.schedule.elements() * itemsize)
     ranks, sizes = np.concatenate(rank), np.concatenate(size)
     times = np.concatenate((*begin, *end))
     change = np.concatenate((sizes, -sizes))

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from distsim.compiled import call
+from distsim.places import places
+
 Ints = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Messages as columns: sender, receiver and kind, and how many bytes a message of each kind has."""
+
+    src: npt.NDArray[np.int32]
+    dst: npt.NDArray[np.int32]
+    kind: npt.NDArray[np.int32]
+    bytes_of_kind: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -29,22 +44,44 @@ class Traffic:
     @staticmethod
     def of(ranks: int, src: npt.ArrayLike, dst: npt.ArrayLike, message_bytes: npt.ArrayLike) -> Traffic:
         """Count messages given as equally long columns of sender, receiver and size in bytes."""
-        size = np.asarray(message_bytes, dtype=np.int64)
-        pair = np.asarray(src, dtype=np.int64) * ranks + np.asarray(dst, dtype=np.int64)
-        sizes, size_counts = np.unique(size, return_counts=True)
-        message_sizes = dict(zip(sizes.tolist(), size_counts.tolist(), strict=True))
-        links, where, link_messages = np.unique(pair, return_inverse=True, return_counts=True)
-        link_bytes = np.zeros(len(links), dtype=np.int64)
-        np.add.at(link_bytes, where, size)
+        sizes, kind = np.unique(np.asarray(message_bytes, dtype=np.int64), return_inverse=True)
+        rows = Rows(np.asarray(src, np.int32), np.asarray(dst, np.int32), kind.astype(np.int32), sizes)
+        return Traffic.of_rows(ranks, [rows])
+
+    @staticmethod
+    def of_rows(ranks: int, parts: Sequence[Rows]) -> Traffic:
+        """Count messages whose sizes are given by kind (by chunk, for a schedule), in one pass over the rows."""
+        pairs, count = places(ranks, *((part.src, part.dst) for part in parts))
+        messages, total = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        message_sizes: Counter[int] = Counter()
+        for pair, part in zip(pairs, parts, strict=True):
+            columns = (
+                pair,
+                part.kind,
+                part.bytes_of_kind,
+                messages,
+                total,
+                np.zeros(len(part.bytes_of_kind), np.int64),
+            )
+            counted = call(_count, len(pair), *columns)
+            messages, total, kinds = (np.asarray(column, np.int64) for column in counted)
+            sizes, which = np.unique(part.bytes_of_kind[kinds > 0], return_inverse=True)
+            many = np.zeros(len(sizes), np.int64)
+            np.add.at(many, which, kinds[kinds > 0])
+            message_sizes.update(dict(zip(sizes.tolist(), many.tolist(), strict=True)))
+        links = np.flatnonzero(messages)
+        src, dst = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        for pair, part in zip(pairs, parts, strict=True):
+            src[pair], dst[pair] = part.src, part.dst
         return Traffic(
             ranks=ranks,
-            messages=len(size),
-            bytes=sum(each * count for each, count in message_sizes.items()),  # exact, beyond 64 bits too
-            message_sizes=message_sizes,
-            link_src=links // ranks,
-            link_dst=links % ranks,
-            link_messages=link_messages.astype(np.int64),
-            link_bytes=link_bytes,
+            messages=sum(message_sizes.values()),
+            bytes=sum(each * many for each, many in message_sizes.items()),  # exact, beyond 64 bits too
+            message_sizes=dict(sorted(message_sizes.items())),
+            link_src=src[links],
+            link_dst=dst[links],
+            link_messages=messages[links],
+            link_bytes=total[links],
         )
 
     def sent_messages(self) -> Ints:
@@ -68,3 +105,12 @@ class Traffic:
         total = np.zeros(self.ranks, dtype=np.int64)
         np.add.at(total, rank, amount)
         return total
+
+
+def _count(pair: Any, kind: Any, bytes_of_kind: Any, messages: Any, total: Any, kinds: Any) -> Any:
+    """Add up messages and bytes per pair, and messages per kind."""
+    for row in range(len(pair)):
+        messages[pair[row]] += 1
+        total[pair[row]] += bytes_of_kind[kind[row]]
+        kinds[kind[row]] += 1
+    return messages, total, kinds

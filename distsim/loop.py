@@ -1,0 +1,394 @@
+"""The event loop of the engine, in plain Python that Numba compiles as it stands.
+
+Two kinds of events: a task is ready (its number), or flows end (a negative number). A flow is a task that shares
+its resources; all flows of one component of the network that end at the same time are one event. All events of
+one time come first; then only the components whose flows have changed are shared anew.
+
+Everything is in one function and in columns of numbers: calls and objects would cost more than the work itself.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SAME = 1e-12
+"""Flows of a component whose ends differ by less than this fraction end together: rounding, not order."""
+
+WIDE = 0
+"""Added to a 32-bit number, it makes the compiler take 64 bits, which is what heaps and lists here hold."""
+
+
+class Links(NamedTuple):
+    """State of each resource."""
+
+    free_s: Any
+    """In order: when it is free again."""
+    first_place: Any
+    """Fair: the first flow on it, -1 for none."""
+    flows_on: Any
+    """How many flows are on it."""
+    seen: Any
+    """The last turn of sharing in which it took part."""
+    left: Any
+    weight: Any
+    rising_on: Any
+    """While sharing: capacity not yet given away, demand of the flows whose rates still rise, their number."""
+
+
+class Flows(NamedTuple):
+    """State of the flows under way, one slot each. Place slot * hops + hop is its entry in that resource's list."""
+
+    task: Any
+    rate: Any
+    to_move: Any
+    """Amount left at `since_s`."""
+    since_s: Any
+    due_s: Any
+    """When it ends at its present rate."""
+    leads: Any
+    """Whether its component's event is in its name."""
+    follows: Any
+    """The next flow that ends with it, -1 for none."""
+    seen: Any
+    next_place: Any
+    before_place: Any
+    """Per place: its neighbours, -1 for none."""
+    spare: Any
+    """Slots that are free."""
+
+
+class Agenda(NamedTuple):
+    """Entries of what is to happen: a number, and the next entry of its bucket; or of those to spare."""
+
+    number: Any
+    next: Any
+
+
+class Lists(NamedTuple):
+    """Room for the tasks that finish together, what has changed, and the flows of a component."""
+
+    finished: Any
+    changed: Any
+    members: Any
+
+
+def run_tasks(
+    amount: Any,
+    route: Any,
+    waits: Any,
+    next_ptr: Any,
+    following: Any,
+    route_ptr: Any,
+    route_resources: Any,
+    route_latency_s: Any,
+    route_fair: Any,
+    capacity: Any,
+    overhead_s: Any,
+    ready_s: Any,
+    finish_s: Any,
+    links: Any,
+    flows: Any,
+    agenda: Any,
+    lists: Any,
+    hops: int,
+) -> Any:
+    """Run all tasks; return when each was started and finished, and for how many others each still waits.
+
+    `ready_s` and `finish_s` come as zeros, shape (tasks,), the rest as `engine.py` makes it. No route has more
+    than `hops` resources.
+    """
+    timed = len(amount)
+    free_s, first_place, flows_on, seen_link, left, weight, rising_on = links
+    task_in, rate, to_move, since_s, due_s, leads, follows, seen, next_place, before_place, spare_slots = flows
+    entry_number, entry_next = agenda
+    finished, changed, members = lists
+    spare_count, spare_entry = len(spare_slots), 0
+    finished_count, changed_count = 0, 0
+    # The agenda: a heap of buckets (time, serial, first entry); entries of a bucket are chained. What is entered
+    # for the same time in a row goes into the same bucket, one of tasks and one of ends being open at a time.
+    buckets = [(0.0, 0, 0) for _ in range(0)]  # empty, and typed for the compiler
+    serial = 0
+    open_ready_s, last_ready, open_end_s, last_end = -1.0, -1, -1.0, -1
+    shares = [(0.0, 0) for _ in range(0)]
+    turn = 0
+
+    for task in range(len(waits)):  # what waits for nothing is ready at once
+        if waits[task] == 0:
+            if spare_entry == len(entry_next):
+                return ready_s, finish_s, waits, False
+            new = spare_entry
+            spare_entry = entry_next[new]
+            entry_number[new], entry_next[new] = task, -1
+            if last_ready < 0:
+                heappush(buckets, (0.0, 0, new))
+            else:
+                entry_next[last_ready] = new
+            last_ready = new
+
+    while len(buckets) > 0:
+        now = buckets[0][0]
+        while len(buckets) > 0 and buckets[0][0] == now:
+            entry = heappop(buckets)[2]
+            open_ready_s, open_end_s = -1.0, -1.0
+            while entry >= 0:
+                number = entry_number[entry]
+                after = entry_next[entry]
+                entry_next[entry] = spare_entry
+                spare_entry = entry
+                entry = after
+                if number < 0:
+                    # Flows end, unless what was expected then has changed since.
+                    slot = -1 - number
+                    if not leads[slot] or due_s[slot] != now:
+                        continue
+                    leads[slot] = False
+                    while slot >= 0:
+                        task = task_in[slot]
+                        path = route[task]
+                        base = slot * hops - route_ptr[path]
+                        for i in range(route_ptr[path], route_ptr[path + 1]):
+                            link = route_resources[i]
+                            flows_on[link] -= 1
+                            later, earlier = next_place[base + i], before_place[base + i]
+                            if earlier >= 0:
+                                next_place[earlier] = later
+                            else:
+                                first_place[link] = later
+                            if later >= 0:
+                                before_place[later] = earlier
+                            if flows_on[link] > 0:
+                                if changed_count == len(changed):
+                                    return ready_s, finish_s, waits, False
+                                changed[changed_count] = -1 - link
+                                changed_count += 1
+                        finish_s[task] = now + route_latency_s[path]
+                        if finished_count == len(finished):
+                            return ready_s, finish_s, waits, False
+                        finished[finished_count] = task
+                        finished_count += 1
+                        spare_slots[spare_count] = slot
+                        spare_count += 1
+                        slot = follows[slot]
+                elif number >= timed:
+                    finished[0], finished_count = number, 1  # a join that waits for nothing
+                elif route_fair[route[number]]:
+                    # A flow begins; its rate comes once all events of this time are over.
+                    task = number
+                    path = route[task]
+                    if spare_count == 0:
+                        return ready_s, finish_s, waits, False
+                    spare_count -= 1
+                    slot = spare_slots[spare_count]
+                    task_in[slot] = task
+                    to_move[slot] = amount[task]
+                    since_s[slot] = now
+                    rate[slot] = 0.0
+                    leads[slot] = False
+                    base = slot * hops - route_ptr[path]
+                    for i in range(route_ptr[path], route_ptr[path + 1]):
+                        link = route_resources[i]
+                        flows_on[link] += 1
+                        later = first_place[link]
+                        next_place[base + i] = later
+                        before_place[base + i] = -1
+                        if later >= 0:
+                            before_place[later] = base + i
+                        first_place[link] = base + i
+                    if changed_count == len(changed):
+                        return ready_s, finish_s, waits, False
+                    changed[changed_count] = slot
+                    changed_count += 1
+                    continue
+                else:
+                    # A task takes resources in order, once all of them are free.
+                    task = number
+                    path = route[task]
+                    start, held = now, 0.0
+                    for i in range(route_ptr[path], route_ptr[path + 1]):
+                        start = max(start, free_s[route_resources[i]])
+                    for i in range(route_ptr[path], route_ptr[path + 1]):
+                        link = route_resources[i]
+                        busy = amount[task] / capacity[link] + overhead_s[link]
+                        free_s[link] = start + busy
+                        held = max(held, busy)
+                    ready_s[task] = start  # from here on the column means: when it started
+                    finish_s[task] = start + held + route_latency_s[path]
+                    finished[0], finished_count = task, 1
+
+                # Let go what waited for nothing else; joins take no time and let go in turn.
+                position = 0
+                while position < finished_count:
+                    task = finished[position]
+                    position += 1
+                    finish = finish_s[task]
+                    for i in range(next_ptr[task], next_ptr[task + 1]):
+                        waiter = WIDE + following[i]
+                        if finish > ready_s[waiter]:
+                            ready_s[waiter] = finish
+                        waits[waiter] -= 1
+                        if waits[waiter] > 0:
+                            continue
+                        if waiter >= timed:
+                            finish_s[waiter] = ready_s[waiter]
+                            if finished_count == len(finished):
+                                return ready_s, finish_s, waits, False
+                            finished[finished_count] = waiter
+                            finished_count += 1
+                            continue
+                        if spare_entry == len(entry_next):
+                            return ready_s, finish_s, waits, False
+                        new = spare_entry
+                        spare_entry = entry_next[new]
+                        entry_number[new], entry_next[new] = waiter, -1
+                        if ready_s[waiter] == open_ready_s:
+                            entry_next[last_ready] = new
+                        else:
+                            open_ready_s = ready_s[waiter]
+                            serial += 1
+                            heappush(buckets, (open_ready_s, serial, new))
+                        last_ready = new
+                finished_count = 0
+
+        # Share anew: each component of the network with a flow that has come or gone.
+        if changed_count == 0:
+            continue
+        turn += 1
+        for index in range(changed_count):
+            slot = number = changed[index]
+            if number < 0:
+                if seen_link[-1 - number] == turn or flows_on[-1 - number] == 0:
+                    continue
+                slot = first_place[-1 - number] // hops
+            if seen[slot] == turn:
+                continue
+            seen[slot] = turn
+            path = route[task_in[slot]]
+            size = amount[task_in[slot]]
+            alone, best = True, np.inf
+            for i in range(route_ptr[path], route_ptr[path + 1]):
+                link = route_resources[i]
+                best = min(best, capacity[link] / (1.0 + overhead_s[link] * capacity[link] / size))
+                alone = alone and flows_on[link] == 1
+            to_move[slot] -= rate[slot] * (now - since_s[slot])
+            since_s[slot] = now
+            if alone:
+                rate[slot] = best
+                soonest = now + to_move[slot] / best
+                due_s[slot] = soonest
+                follows[slot] = -1
+                leader = slot
+            else:
+                # All flows of the component, and its links with their demand.
+                rate[slot] = -1.0  # still rising
+                leads[slot] = False
+                members[0], count, reached = slot, 1, 0
+                while reached < count:
+                    path = route[task_in[members[reached]]]
+                    reached += 1
+                    for i in range(route_ptr[path], route_ptr[path + 1]):
+                        link = route_resources[i]
+                        if seen_link[link] == turn:
+                            continue
+                        seen_link[link] = turn
+                        demand = 0.0
+                        place = first_place[link]
+                        while place >= 0:
+                            other = place // hops
+                            demand += 1.0 + overhead_s[link] * capacity[link] / amount[task_in[other]]
+                            if seen[other] != turn:
+                                seen[other] = turn
+                                to_move[other] -= rate[other] * (now - since_s[other])
+                                since_s[other] = now
+                                rate[other] = -1.0
+                                leads[other] = False
+                                if count == len(members):
+                                    return ready_s, finish_s, waits, False
+                                members[count] = other
+                                count += 1
+                            place = next_place[place]
+                        left[link] = capacity[link]
+                        weight[link] = demand
+                        rising_on[link] = flows_on[link]
+                        shares.append((capacity[link] / demand, WIDE + link))
+                # All rates rise together; the link that is full first sets those of its flows.
+                heapify(shares)
+                rising = count
+                while rising > 0:
+                    share, full = heappop(shares)
+                    if rising_on[full] == 0:
+                        continue
+                    present = left[full] / weight[full]
+                    if present > share * (1.0 + SAME):  # flows that stopped elsewhere leave more: not yet full
+                        heappush(shares, (present, full))
+                        continue
+                    place = first_place[full]
+                    while place >= 0:
+                        other = place // hops
+                        place = next_place[place]
+                        if rate[other] >= 0.0:
+                            continue
+                        rate[other] = share
+                        rising -= 1
+                        task = task_in[other]
+                        path = route[task]
+                        for i in range(route_ptr[path], route_ptr[path + 1]):
+                            link = route_resources[i]
+                            demand = 1.0 + overhead_s[link] * capacity[link] / amount[task]
+                            left[link] -= share * demand
+                            weight[link] -= demand
+                            rising_on[link] -= 1
+                soonest = np.inf
+                for index_of in range(count):
+                    other = members[index_of]
+                    due_s[other] = now + to_move[other] / rate[other]
+                    soonest = min(soonest, due_s[other])
+                leader = -1
+                for index_of in range(count):
+                    other = members[index_of]
+                    if due_s[other] - soonest <= SAME * soonest:
+                        due_s[other] = soonest
+                        follows[other] = leader
+                        leader = other
+                shares.clear()
+            leads[leader] = True
+            if spare_entry == len(entry_next):
+                return ready_s, finish_s, waits, False
+            new = spare_entry
+            spare_entry = entry_next[new]
+            entry_number[new], entry_next[new] = -1 - leader, -1
+            if soonest == open_end_s:
+                entry_next[last_end] = new
+            else:
+                open_end_s = soonest
+                serial += 1
+                heappush(buckets, (soonest, serial, new))
+            last_end = new
+        changed_count = 0
+    return ready_s, finish_s, waits, True
+
+
+def longest_chain(latency_s: Any, route: Any, waits: Any, next_ptr: Any, following: Any, ready_s: Any) -> Any:
+    """Return the greatest sum of latencies along a chain of waits, and for how many others each task waits."""
+    ready = [0 for _ in range(0)]
+    for task in range(len(waits)):
+        if waits[task] == 0:
+            ready.append(task)
+    longest = 0.0
+    while len(ready) > 0:
+        later = [0 for _ in range(0)]
+        for task in ready:
+            finish = ready_s[task]
+            if task < len(route):
+                finish += latency_s[route[task]]
+            longest = max(longest, finish)
+            for i in range(next_ptr[task], next_ptr[task + 1]):
+                waiter = WIDE + following[i]
+                ready_s[waiter] = max(ready_s[waiter], finish)
+                waits[waiter] -= 1
+                if waits[waiter] == 0:
+                    later.append(waiter)
+        ready = later
+    return longest, waits
