@@ -122,7 +122,8 @@ def replay(schedule: Schedule, waits: Dependencies, contributions: Words) -> tup
     order shows; shape (ranks, chunks) each.
     Raises: ScheduleError if a rank sends what it does not have.
     """
-    widest = int(np.bincount(schedule.step).max(initial=1))
+    begins = np.flatnonzero(np.diff(schedule.step, prepend=np.int32(-1)))
+    widest = int(np.diff(begins, append=schedule.rows).max(initial=1))  # rows of a step, of which few may have any
     own = np.ascontiguousarray(contributions).reshape(-1)
     has = np.array(schedule.contributes).reshape(-1)
     held, work, mixed, bad = call(

@@ -9,27 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import (
-    COLLECTIVES,
-    Combine,
-    Event,
     Row,
-    add,
     all_gather,
-    interleave,
-    mix,
     random_schedules,
     recursive_doubling,
     rows_of,
     table,
-    waits_by_the_rules,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distsim import exchanges
-from distsim.check import _mix, replay
+from distsim.dependencies import dependencies
 from distsim.errors import ScheduleError
-from distsim.schedule import COLUMNS, Dependencies, Op, Schedule, Source, dependencies, split
+from distsim.schedule import COLUMNS, Op, Schedule, Source, split
 
 PING = Row(0, 0, 1, 0, Op.REDUCE, Source.WORK)
 
@@ -60,7 +53,7 @@ def int32(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def test_the_table_to_spoil_is_sound() -> None:
-    assert Schedule(**columns()).messages == 3
+    assert Schedule(**columns()).rows == 3
 
 
 @pytest.mark.parametrize(
@@ -105,7 +98,7 @@ def test_a_copy_lands_alone(beside: Op) -> None:
     with pytest.raises(ScheduleError, match="a copy lands beside another transfer"):
         table(rows, ranks=3)
     for moved in ({"step": 2}, {"dst": 0}, {"chunk": 1}):
-        assert table([rows[0], rows[1]._replace(**moved)], ranks=3, sizes=[1, 1]).messages == 2
+        assert table([rows[0], rows[1]._replace(**moved)], ranks=3, sizes=[1, 1]).rows == 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +133,7 @@ def test_chunks_without_parameters_are_not_sent() -> None:
     rows = [PING._replace(chunk=chunk, step=chunk) for chunk in range(3)]
     schedule = table(rows, ranks=2, sizes=[2, 0, 1])
     assert rows_of(schedule) == [rows[0], rows[2]]
-    assert (schedule.messages, schedule.params, schedule.chunks, schedule.steps) == (2, 3, 3, 3)
+    assert (schedule.rows, schedule.params, schedule.chunks, schedule.steps) == (2, 3, 3, 3)
     assert schedule.traffic(4).message_sizes == {8: 1, 4: 1}
 
 
@@ -148,7 +141,7 @@ def test_chunks_without_parameters_are_not_sent() -> None:
 def test_a_schedule_may_send_nothing(ranks: int) -> None:
     nothing: dict[str, Any] = {name: [] for name in COLUMNS}
     schedule = Schedule.of(ranks=ranks, chunk_elements=np.array([4]), **nothing)
-    assert (schedule.messages, schedule.steps, schedule.params) == (0, 0, 4)
+    assert (schedule.rows, schedule.steps, schedule.params) == (0, 0, 4)
     traffic = schedule.traffic(8)
     assert (traffic.messages, traffic.bytes, traffic.message_sizes, traffic.links()) == (0, 0, {}, [])
     assert traffic.sent_messages().tolist() == [0] * ranks
@@ -261,128 +254,6 @@ def test_traffic_counts_every_row(schedule: Schedule, itemsize: int) -> None:
 def test_traffic_beyond_64_bits_is_exact() -> None:
     exchange = exchanges.build("all-to-all", 600, 2**47)
     assert exchange.traffic(8).bytes == 600 * 599 * 2**50 > 2**63
-
-
-def reachable(pairs: set[tuple[Event, Event]]) -> set[tuple[Event, Event]]:
-    """Close a relation transitively."""
-    following: dict[Event, set[Event]] = {}
-    for before, after in pairs:
-        following.setdefault(before, set()).add(after)
-    closed = set()
-    for first in following:
-        stack, seen = [first], set[Event]()
-        while stack:
-            for after in following.get(stack.pop(), set()) - seen:
-                seen.add(after)
-                stack.append(after)
-        closed |= {(first, after) for after in seen}
-    return closed
-
-
-def derived(waits: Dependencies, rows: int) -> set[tuple[Event, Event]]:
-    """The waits that `dependencies` gives, between events of rows."""
-    pairs: set[tuple[Event, Event]] = set()
-    for row in range(rows):
-        after, gates = int(waits.after_group[row]), int(waits.gates_group[row])
-        pairs.add((("read", row), ("apply", row)))
-        if after >= 0:
-            pairs |= {(("apply", int(member)), ("read", row)) for member in waits.rows_of(after)}
-        if gates >= 0:
-            pairs |= {(("read", row), ("apply", int(member))) for member in waits.rows_of(gates)}
-    for group in range(waits.groups):
-        members = waits.rows_of(group).tolist()
-        pairs |= {(("apply", a), ("apply", b)) for a in members for b in members if a != b}
-        if waits.previous[group] >= 0:
-            before = waits.rows_of(int(waits.previous[group])).tolist()
-            pairs |= {(("apply", a), ("apply", b)) for a in before for b in members}
-    return pairs
-
-
-@settings(max_examples=300)
-@given(random_schedules())
-def test_dependencies_are_those_of_the_rules(schedule: Schedule) -> None:
-    rows = rows_of(schedule)
-    waits = dependencies(schedule)
-    # Groups: each row is in the one of its (step, dst, chunk), in ascending sender.
-    assert sorted(waits.members.tolist()) == list(range(len(rows)))
-    for group in range(waits.groups):
-        members = [rows[row] for row in waits.rows_of(group)]
-        place = (waits.step[group], waits.dst[group], waits.chunk[group], waits.op[group])
-        assert {(row.step, row.dst, row.chunk, row.op) for row in members} == {place}
-        assert [row.src for row in members] == sorted(row.src for row in members)
-    for i, row in enumerate(rows):
-        assert i in waits.rows_of(int(waits.group_of_row[i]))
-        alike = [j for j, other in enumerate(rows) if (*other[:1], *other[2:4]) == (*row[:1], *row[2:4])]
-        assert sorted(waits.rows_of(int(waits.group_of_row[i])).tolist()) == alike
-    # Waits: each derived one is asked for by the rules, and each that they ask for follows from the derived.
-    asked, given_ = waits_by_the_rules(rows), derived(waits, len(rows))
-    assert given_ <= asked
-    assert asked <= reachable(given_)
-    # And no two of one (dst, chunk) follow the same one: `previous` is a chain.
-    followed = waits.previous[waits.previous >= 0].tolist()
-    assert len(followed) == len(set(followed))
-
-
-@pytest.mark.parametrize("strategy", exchanges.STRATEGIES)
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_dependencies_of_the_strategies_are_those_of_the_rules(strategy: str, n: int) -> None:
-    for schedule in exchanges.build(strategy, n, 2 * n + 1).schedules():
-        asked = waits_by_the_rules(rows_of(schedule))
-        given_ = derived(dependencies(schedule), schedule.messages)
-        assert given_ <= asked <= reachable(given_)
-
-
-def test_a_step_may_be_any_number() -> None:
-    """Gaps between steps cost nothing: no interpreter loops over steps that have no rows."""
-    schedule = table([PING, PING._replace(step=2**31 - 2, src=1, dst=0, op=Op.COPY)], ranks=2)
-    waits = dependencies(schedule)
-    assert (waits.after_group.tolist(), waits.step[waits.after_group[1]]) == ([-1, waits.group_of_row[0]], 0)
-    work, _ = replay(schedule, waits, np.array([[1], [2]], dtype=np.uint64), np.add)
-    assert work.tolist() == [[3], [3]]
-
-
-def agrees(schedule: Schedule, seed: int, *, gated: bool = True) -> bool:
-    """Whether one random order gives the checker's result, exactly and with the same order of summation."""
-    waits = dependencies(schedule)
-    values = np.random.default_rng(seed).integers(0, 2**64, size=(schedule.ranks, schedule.chunks), dtype=np.uint64)
-    combiners: list[tuple[Combine, Any]] = [(add, np.add), (mix, _mix)]
-    for ours, checkers in combiners:
-        memory = interleave(schedule, waits, values.tolist(), ours, seed, gated)
-        work, held = replay(schedule, waits, values, checkers)
-        wanted = [
-            [value if there else None for value, there in zip(*pair, strict=True)]
-            for pair in zip(work.tolist(), held.tolist(), strict=True)
-        ]
-        if memory.torn or memory.work != wanted:
-            return False
-    return True
-
-
-@settings(max_examples=200)
-@given(random_schedules(), st.integers(0, 2**32))
-def test_any_order_gives_the_same_result(schedule: Schedule, seed: int) -> None:
-    assert agrees(schedule, seed)
-
-
-@pytest.mark.parametrize("strategy", exchanges.STRATEGIES)
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_any_order_of_a_strategy_gives_the_same_result(strategy: str, n: int) -> None:
-    for schedule in exchanges.build(strategy, n, n + 1).schedules():
-        assert all(agrees(schedule, seed) for seed in range(15))
-
-
-@pytest.mark.parametrize("name", COLLECTIVES)
-def test_any_order_of_other_collectives_gives_the_same_result(name: str) -> None:
-    assert all(agrees(COLLECTIVES[name](4, 18), seed) for seed in range(15))
-
-
-def test_without_gates_some_order_corrupts_data() -> None:
-    """The test above can fail: applies that do not wait for reads break what sends running values both ways."""
-    both_ways = [Row(0, a, b, 0, Op.REDUCE, Source.WORK) for a in range(3) for b in range(3) if a != b]
-    for schedule in (recursive_doubling(), table(both_ways, ranks=3)):
-        assert (dependencies(schedule).gates_group >= 0).any()
-        assert not all(agrees(schedule, seed, gated=False) for seed in range(20))
-        assert all(agrees(schedule, seed) for seed in range(20))
 
 
 def test_describe_says_what_a_row_does() -> None:
