@@ -8,6 +8,7 @@ holders of a chunk have summed it in the same order, so that ranks agree to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,18 @@ Words = npt.NDArray[np.uint64]
 WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def check(exchange: Exchange, seed: int = 0) -> None:
+def check(exchange: Exchange, seed: int = 0, plans: Sequence[Dependencies] | None = None) -> None:
     """Prove both schedules of an exchange, and that the second shares just what the first has updated.
 
     Of another collective than all-reduce: prove that its one schedule does what the collective is defined to do.
+    `plans` are the schedules' dependencies, where they are known already.
 
     Raises: ScheduleError naming the schedule, rank, chunk and contribution that are wrong.
     """
     if exchange.collective != "all-reduce":
-        _check_collective(exchange, seed)
+        _check_collective(exchange, seed, plans)
         return
-    check_schedule(exchange.gradients, seed)
+    check_schedule(exchange.gradients, seed, plans[0] if plans else None)
     workers = slice(0, exchange.workers)
     sized = exchange.gradients.chunk_elements > 0
     final = exchange.parameters
@@ -51,7 +53,7 @@ def check(exchange: Exchange, seed: int = 0) -> None:
         return
     if final.ranks != exchange.ranks:
         raise ScheduleError(f"gradients go among {exchange.ranks} ranks, parameters among {final.ranks}")
-    check_schedule(final, seed)
+    check_schedule(final, seed, plans[1] if plans else None)
     if not np.array_equal(final.chunk_elements, exchange.gradients.chunk_elements):
         raise ScheduleError("gradients and parameters are cut into different chunks")
     if (final.contributes & ~exchange.gradients.must_hold)[:, sized].any():
@@ -62,7 +64,7 @@ def check(exchange: Exchange, seed: int = 0) -> None:
         raise ScheduleError("some worker never gets the updated parameters")
 
 
-def _check_collective(exchange: Exchange, seed: int) -> None:
+def _check_collective(exchange: Exchange, seed: int, plans: Sequence[Dependencies] | None) -> None:
     """Prove a collective that is no training step against its definition.
 
     Raises: ScheduleError naming what differs from the definition, or as `check_schedule` does.
@@ -82,11 +84,11 @@ def _check_collective(exchange: Exchange, seed: int) -> None:
             verb = "contribute to" if what == "contributes" else "have to hold"
             should = "does not" if getattr(schedule, what)[rank, chunk] else "does"
             raise ScheduleError(f"in {name} of {schedule.ranks} ranks, rank {rank} {should} {verb} chunk {chunk}")
-    check_schedule(schedule, seed)
+    check_schedule(schedule, seed, plans[0] if plans else None)
 
 
-def check_schedule(schedule: Schedule, seed: int = 0) -> None:
-    """Prove one schedule against its postcondition.
+def check_schedule(schedule: Schedule, seed: int = 0, waits: Dependencies | None = None) -> None:
+    """Prove one schedule against its postcondition; `waits` are its dependencies, where they are known already.
 
     Raises: ScheduleError naming the first rank and chunk that end wrong, and how.
     """
@@ -98,7 +100,7 @@ def check_schedule(schedule: Schedule, seed: int = 0) -> None:
     if lonely.any():
         raise ScheduleError(f"chunk {int(np.argmax(lonely))} must be held, but no rank contributes to it")
 
-    waits = dependencies(schedule)
+    waits = waits or dependencies(schedule)
     held, work, mixed = replay(schedule, waits, values)
     expected = np.where(schedule.contributes, values, np.uint64(0)).sum(axis=0, dtype=np.uint64)
     wrong = needed & ~(held & (work == expected))

@@ -131,9 +131,10 @@ def _derive(
         while high < rows and step[high] == step[low]:  # a step's reads come before its applies
             after[high] = last[reads[high]] if work[high] else -1
             high += 1
+        begun = groups
         for row in range(low, high):
             group = last[lands[row]]
-            if group < 0 or step[first[group]] != step[row]:
+            if group < begun:  # of an earlier step, or none
                 previous[groups], first[groups] = group, row
                 last[lands[row]] = group = groups
                 groups += 1

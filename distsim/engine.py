@@ -53,11 +53,13 @@ def run(graph: TaskGraph, compiled: bool | None = None, stopped: npt.NDArray[np.
 
     Raises: DeadlockError naming the tasks of a waiting cycle if some task can never start, unless `stopped` is given.
     """
-    if compiled is None:
-        compiled = graph.tasks >= COMPILE_FROM
     resources, routes = graph.resources, graph.routes
     hops = int(np.diff(routes.ptr).max(initial=1))
-    room, enough = ROOM + int((graph.waits == 0).sum()), False
+    at_once = int((graph.waits == 0).sum())
+    if compiled is None:
+        crowd = at_once if resources.fair.any() else 0  # each that ends may change the rates of all others
+        compiled = graph.tasks + crowd * crowd // 32 >= COMPILE_FROM
+    room, enough = ROOM + at_once, False
     to_wait_for = graph.waits if stopped is None else graph.waits + stopped  # a wait that nothing ends
     while not enough:
         start, finish, waits, enough = call(
@@ -78,7 +80,7 @@ def run(graph: TaskGraph, compiled: bool | None = None, stopped: npt.NDArray[np.
             np.zeros(graph.tasks),
             _links(len(resources)),
             _flows(min(len(graph.amount), room), hops),
-            Agenda(np.zeros(room, np.int64), np.arange(1, room + 1)),
+            _agenda(room),
             Lists(*(np.zeros(room, np.int64) for _ in range(3))),
             hops,
             compiled=compiled,
@@ -109,13 +111,18 @@ def longest_chain_s(graph: TaskGraph) -> float:
 
     Raises: DeadlockError as `run` does.
     """
-    latency_s = graph.routes.latency_s
-    arguments = (latency_s, graph.route, graph.waits.copy(), graph.next_ptr, graph.following, np.zeros(graph.tasks))
+    columns = (graph.routes.latency_s, graph.route, graph.waits.copy(), graph.next_ptr, graph.following)
+    arguments = (*columns, np.zeros(graph.tasks), np.empty(graph.tasks, np.int32))
     longest, waits = call(longest_chain, graph.tasks, *arguments)
     left = np.asarray(waits)
     if (left > 0).any():
         raise DeadlockError(waiting_cycle(graph, left))
     return float(longest)
+
+
+def _agenda(room: int) -> Agenda:
+    number, serial, entry = (np.zeros(room, np.int64) for _ in range(3))
+    return Agenda(number, np.arange(1, room + 1), np.zeros(room), serial, entry)
 
 
 def _links(count: int) -> Links:

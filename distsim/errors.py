@@ -29,6 +29,10 @@ class DeadlockError(DistsimError):
     """A task graph that can never finish; the message shows who waits for whom."""
 
 
+class RankFailed(DistsimError):
+    """A rank that fails and is needed; the message names who waits for it."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean 'ring'?"` or, when nothing is near, the list of valid names."""
     names = list(valid)

@@ -61,10 +61,15 @@ class Flows(NamedTuple):
 
 
 class Agenda(NamedTuple):
-    """Entries of what is to happen: a number, and the next entry of its bucket; or of those to spare."""
+    """What is to happen: entries, and buckets of them in a heap."""
 
     number: Any
     next: Any
+    """Per entry: what, and the next entry of its bucket, or of those to spare."""
+    bucket_s: Any
+    bucket_serial: Any
+    bucket_entry: Any
+    """Per bucket, in the order of the heap: when, how many were opened before it, and its first entry."""
 
 
 class Lists(NamedTuple):
@@ -103,13 +108,13 @@ def run_tasks(
     timed = len(amount)
     free_s, first_place, flows_on, seen_link, left, weight, rising_on = links
     task_in, rate, to_move, since_s, due_s, leads, follows, seen, next_place, before_place, spare_slots = flows
-    entry_number, entry_next = agenda
+    entry_number, entry_next, bucket_s, bucket_serial, bucket_entry = agenda
     finished, changed, members = lists
     spare_count, spare_entry = len(spare_slots), 0
     finished_count, changed_count = 0, 0
     # The agenda: a heap of buckets (time, serial, first entry); entries of a bucket are chained. What is entered
     # for the same time in a row goes into the same bucket, one of tasks and one of ends being open at a time.
-    buckets = [(0.0, 0, 0) for _ in range(0)]  # empty, and typed for the compiler
+    buckets = 0
     serial = 0
     open_ready_s, last_ready, open_end_s, last_end = -1.0, -1, -1.0, -1
     shares = [(0.0, 0) for _ in range(0)]
@@ -123,15 +128,18 @@ def run_tasks(
             spare_entry = entry_next[new]
             entry_number[new], entry_next[new] = task, -1
             if last_ready < 0:
-                heappush(buckets, (0.0, 0, new))
+                _push(bucket_s, bucket_serial, bucket_entry, buckets, 0.0, 0, new)
+                buckets += 1
             else:
                 entry_next[last_ready] = new
             last_ready = new
 
-    while len(buckets) > 0:
-        now = buckets[0][0]
-        while len(buckets) > 0 and buckets[0][0] == now:
-            entry = heappop(buckets)[2]
+    while buckets > 0:
+        now = bucket_s[0]
+        while buckets > 0 and bucket_s[0] == now:
+            entry = bucket_entry[0]
+            buckets -= 1
+            _drop_first(bucket_s, bucket_serial, bucket_entry, buckets)
             open_ready_s, open_end_s = -1.0, -1.0
             while entry >= 0:
                 number = entry_number[entry]
@@ -248,7 +256,8 @@ def run_tasks(
                         else:
                             open_ready_s = ready_s[waiter]
                             serial += 1
-                            heappush(buckets, (open_ready_s, serial, new))
+                            _push(bucket_s, bucket_serial, bucket_entry, buckets, open_ready_s, serial, new)
+                            buckets += 1
                         last_ready = new
                 finished_count = 0
 
@@ -270,7 +279,10 @@ def run_tasks(
             alone, best = True, np.inf
             for i in range(route_ptr[path], route_ptr[path + 1]):
                 link = route_resources[i]
-                best = min(best, capacity[link] / (1.0 + overhead_s[link] * capacity[link] / size))
+                full_rate = capacity[link]
+                if overhead_s[link] > 0.0:
+                    full_rate /= 1.0 + overhead_s[link] * full_rate / size
+                best = min(best, full_rate)
                 alone = alone and flows_on[link] == 1
             to_move[slot] -= rate[slot] * (now - since_s[slot])
             since_s[slot] = now
@@ -364,31 +376,69 @@ def run_tasks(
             else:
                 open_end_s = soonest
                 serial += 1
-                heappush(buckets, (soonest, serial, new))
+                _push(bucket_s, bucket_serial, bucket_entry, buckets, soonest, serial, new)
+                buckets += 1
             last_end = new
         changed_count = 0
     return ready_s, finish_s, waits, True
 
 
-def longest_chain(latency_s: Any, route: Any, waits: Any, next_ptr: Any, following: Any, ready_s: Any) -> Any:
-    """Return the greatest sum of latencies along a chain of waits, and for how many others each task waits."""
-    ready = [0 for _ in range(0)]
+def _push(times: Any, serials: Any, entries: Any, count: int, time: float, serial: int, entry: int) -> None:
+    """Add a bucket to a heap of `count` others, in which each has up to four below it; the first is the earliest.
+
+    heapq does the same on tuples, and takes two to four times as long.
+    """
+    place = count
+    while place > 0:
+        above = (place - 1) >> 2
+        if times[above] < time or (times[above] == time and serials[above] < serial):
+            break
+        times[place], serials[place], entries[place] = times[above], serials[above], entries[above]
+        place = above
+    times[place], serials[place], entries[place] = time, serial, entry
+
+
+def _drop_first(times: Any, serials: Any, entries: Any, count: int) -> None:
+    """Take the first bucket out of a heap in which `count` others remain."""
+    time, serial, entry = times[count], serials[count], entries[count]
+    place = 0
+    while 4 * place + 1 < count:
+        below = 4 * place + 1
+        for other in range(below + 1, min(below + 4, count)):
+            if times[other] < times[below] or (times[other] == times[below] and serials[other] < serials[below]):
+                below = other
+        if time < times[below] or (time == times[below] and serial < serials[below]):
+            break
+        times[place], serials[place], entries[place] = times[below], serials[below], entries[below]
+        place = below
+    times[place], serials[place], entries[place] = time, serial, entry
+
+
+def longest_chain(
+    latency_s: Any, route: Any, waits: Any, next_ptr: Any, following: Any, ready_s: Any, queue: Any
+) -> Any:
+    """Return the greatest sum of latencies along a chain of waits, and for how many others each task waits.
+
+    `ready_s` comes as zeros; `queue` is room for all tasks.
+    """
+    timed, longest, end = len(route), 0.0, 0
     for task in range(len(waits)):
         if waits[task] == 0:
-            ready.append(task)
-    longest = 0.0
-    while len(ready) > 0:
-        later = [0 for _ in range(0)]
-        for task in ready:
-            finish = ready_s[task]
-            if task < len(route):
-                finish += latency_s[route[task]]
-            longest = max(longest, finish)
-            for i in range(next_ptr[task], next_ptr[task + 1]):
-                waiter = WIDE + following[i]
-                ready_s[waiter] = max(ready_s[waiter], finish)
-                waits[waiter] -= 1
-                if waits[waiter] == 0:
-                    later.append(waiter)
-        ready = later
+            queue[end] = task
+            end += 1
+    position = 0
+    while position < end:
+        task = queue[position]
+        position += 1
+        finish = ready_s[task]
+        if task < timed:
+            finish += latency_s[route[task]]
+        longest = max(longest, finish)
+        for i in range(next_ptr[task], next_ptr[task + 1]):
+            waiter = following[i]
+            ready_s[waiter] = max(ready_s[waiter], finish)
+            waits[waiter] -= 1
+            if waits[waiter] == 0:
+                queue[end] = waiter
+                end += 1
     return longest, waits

@@ -31,8 +31,8 @@ class Part:
     messages: Messages
     sends: slice
     """The task of each message."""
-    groups: slice
-    """The task of each group of `waits`."""
+    groups: Ints
+    """The task that ends the apply of each group of `waits`: its own, or the message that it applies as it arrives."""
     posts: slice | None = None
     """The task of each message's handing over, where that takes time."""
 
@@ -83,6 +83,7 @@ def lower(
     *,
     sharing: Sharing | None = None,
     posting: Posting = "eager",
+    plans: Sequence[Dependencies] | None = None,
 ) -> Lowered:
     """Lower an exchange of elements of `itemsize` bytes; rank r runs on device r of the cluster.
 
@@ -93,10 +94,11 @@ def lower(
 
     `posting` says when a rank hands its transfers over: `eager`, as soon as what they depend on is there;
     `rounds`, those of a step only when all that it sent and received in earlier steps is over, as where every
-    step is one group of calls on a stream.
+    step is one group of calls on a stream. `plans` are the schedules' dependencies, where they are known already.
     """
     net = network(exchange.schedules(), cluster, sharing)
-    plans = [dependencies(schedule) for schedule in exchange.schedules()]
+    if plans is None:
+        plans = [dependencies(schedule) for schedule in exchange.schedules()]
     return assemble(exchange, net, plans, itemsize, posting)
 
 
@@ -124,24 +126,26 @@ def assemble(
         if adds:
             amount = (additions(waits) * schedule.chunk_elements[waits.chunk] * itemsize).astype(np.float64)
             name = _names(which, "applying at", _place_of(waits))
-            groups.append(tasks.add(amount, net.processor_route + waits.dst, name))
+            made = tasks.add(amount, net.processor_route + waits.dst, name)
+            groups.append(np.arange(made.start, made.stop, dtype=np.int32))
     timed = tasks.count
     if not adds:
         groups = [
-            tasks.join(waits.groups, _names(which, "applying at", _place_of(waits)))
-            for which, waits in enumerate(plans)
+            _joins(tasks, which, waits, sends[which].start + each.of_row)
+            for which, (waits, each) in enumerate(zip(plans, sent, strict=True))
         ]
 
     updates, over = (np.full(exchange.ranks, -1, np.int32) for _ in range(2))
     for which, (schedule, waits) in enumerate(zip(schedules, plans, strict=True)):
-        message, every = sent[which].of_row, numbers(waits.groups)
-        sending, applying = sends[which].start, groups[which].start
+        message, applied = sent[which].of_row, groups[which]
+        sending = sends[which].start
         starting = posts[which].start if posts else sending
+        arrives = applied if waits.groups == schedule.rows else applied[waits.group_of_row]
         tasks.edges += [
-            Edges(waits.after_group, message, applying, starting),
-            Edges(message, waits.group_of_row, sending, applying),
-            Edges(message, waits.gates_group, sending, applying),
-            Edges(waits.previous, every, applying, applying),
+            Edges(_task_of(applied, waits.after_group), message, 0, starting),
+            Edges(message, np.where(arrives == sending + message, -1, arrives), sending, 0),
+            Edges(message, _task_of(applied, waits.gates_group), sending, 0),
+            Edges(_task_of(applied, _not_implied(waits)), applied, 0, 0),
         ]
         if posts:
             number = numbers(sent[which].count)
@@ -155,7 +159,7 @@ def assemble(
             updating = np.flatnonzero(exchange.updates())
             made = tasks.join(len(updating), _names(which, "updating rank", updating.__getitem__))
             updates[updating] = np.arange(made.start, made.stop)
-            tasks.edges.append(Edges(every, updates[waits.dst], applying, 0))
+            tasks.edges.append(Edges(applied, updates[waits.dst]))
     graph = TaskGraph.of(
         amount=_joined(tasks.amount),
         route=_joined(tasks.route).astype(np.int32, copy=False),
@@ -174,6 +178,33 @@ def assemble(
     return Lowered(graph=graph, network=net, parts=tuple(parts))
 
 
+def _joins(tasks: _Tasks, which: int, waits: Dependencies, task_of_row: Ints) -> Ints:
+    """Give each apply that takes no time a join, unless it waits for one message alone; return the task of each."""
+    alone = (np.diff(waits.member_ptr) == 1) & (waits.previous < 0)
+    alone[waits.gates_group[waits.gates_group >= 0]] = False
+    applied = np.empty(waits.groups, np.int32)
+    applied[alone] = task_of_row[waits.members[waits.member_ptr[:-1][alone]]]
+    place = _place_of(waits)
+    name = _names(which, "applying at", lambda join: place(int(np.flatnonzero(~alone)[join])))
+    made = tasks.join(waits.groups - int(alone.sum()), name)
+    applied[~alone] = np.arange(made.start, made.stop)
+    return applied
+
+
+def _task_of(applied: Ints, group: Ints) -> Ints:
+    """Return the task of each group, -1 for none."""
+    return np.append(applied, np.int32(-1))[group]
+
+
+def _not_implied(waits: Dependencies) -> Ints:
+    """Return `previous` without those that follow from a read in between, after the one apply and before the next."""
+    gated = waits.gates_group
+    between = gated[(gated >= 0) & (waits.after_group >= 0) & (waits.previous[gated] == waits.after_group)]
+    previous = waits.previous.copy()
+    previous[between] = -1
+    return previous
+
+
 def _rounds(
     tasks: _Tasks, schedule: Schedule, waits: Dependencies, message: Ints, sending: int, starting: int, over: Ints
 ) -> Ints:
@@ -182,15 +213,18 @@ def _rounds(
     `over` is, per rank, the task that ends its last step in an earlier schedule, -1 for none; returns those of this.
     """
     lands = waits.dst[waits.group_of_row]
-    (sends, receives), count = places(schedule.steps, (schedule.src, schedule.step), (lands, schedule.step))
+    # Steps first: what happens at about the same time then lies close together in memory.
+    (sends, receives), count = places(schedule.ranks, (schedule.step, schedule.src), (schedule.step, lands))
     owner = np.full(count, -1, np.int32)
     owner[sends], owner[receives] = schedule.src, lands
     number = np.cumsum(owner >= 0, dtype=np.int32) - np.int32(1)
     owner = owner[owner >= 0]
     ends = tasks.join(len(owner), lambda end: f"a step of rank {owner[end]}").start
-    before = np.arange(ends - 1, ends + len(owner) - 1, dtype=np.int32)
-    first = np.diff(owner, prepend=-1) != 0
-    before[first] = over[owner[first]]
+    in_turn = np.argsort(owner, kind="stable").astype(np.int32)
+    first = np.diff(owner[in_turn], prepend=-1) != 0
+    before = np.empty(len(owner), np.int32)
+    before[in_turn[1:]] = ends + in_turn[:-1]
+    before[in_turn[first]] = over[owner[in_turn[first]]]
     for side in (number[sends], number[receives]):
         tasks.edges += [Edges(message, side, sending, ends), Edges(before[side], message, 0, starting)]
     last = over.copy()

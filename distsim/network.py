@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distsim.cluster import Cluster
-from distsim.places import places
+from distsim.places import named, numbers, places
 from distsim.schedule import Ints, Schedule
 from distsim.taskgraph import Floats, Resources, Routes
 
@@ -38,13 +38,11 @@ def network(schedules: tuple[Schedule, ...], cluster: Cluster, sharing: Sharing 
     in bytes of one operand added per second, a host's in seconds per second.
     """
     ranks = schedules[0].ranks
-    columns, count = places(ranks, *((schedule.src, schedule.dst) for schedule in schedules))
-    src, dst = np.full(count, -1, np.int32), np.zeros(count, np.int32)
-    for pair, schedule in zip(columns, schedules, strict=True):
-        src[pair], dst[pair] = schedule.src, schedule.dst
-    talks = src >= 0
-    number = np.cumsum(talks, dtype=np.int32) - np.int32(1)
-    src, dst = src[talks], dst[talks]
+    talking = [(schedule.src, schedule.dst) for schedule in schedules]
+    columns, count = places(ranks, *talking)
+    talks, src, dst = named(count, columns, *talking)
+    number = np.zeros(count, np.int32)
+    number[talks] = numbers(len(talks))
     ptr, links = cluster.routes(src, dst)
     pairs, every, count = len(src), np.arange(ranks), len(cluster.bandwidth_Bps)
     fair = (sharing or cluster.sharing) == "fair"

@@ -42,3 +42,17 @@ def places(width: int, *pairs: tuple[npt.NDArray[np.integer], npt.NDArray[np.int
     named, where = np.unique(np.concatenate(wide), return_inverse=True)
     ends = np.cumsum([len(column) for column in wide])[:-1]
     return [part.astype(np.int32) for part in np.split(where, ends)], len(named)
+
+
+def named(
+    count: int, columns: list[Ints], *pairs: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]
+) -> tuple[npt.NDArray[np.int64], Ints, Ints]:
+    """Return the numbers below `count` that `places` has given, ascending, and the pair (a, b) of each."""
+    first, second = np.full(count, -1, np.int32), np.zeros(count, np.int32)
+    for column, (a, b) in zip(columns, pairs, strict=True):
+        row = np.full(count, -1, np.int32)
+        row[column] = numbers(len(column))
+        found = np.flatnonzero(row >= 0)
+        first[found], second[found] = a[row[found]], b[row[found]]
+    given = np.flatnonzero(first >= 0)
+    return given, first[given], second[given]

@@ -16,7 +16,7 @@ from distsim.errors import ConfigError, TooFewDevices, nearest
 from distsim.lower import Lowered, Posting, assemble, lower
 from distsim.network import Sharing, network
 from distsim.schedule import ITEMSIZE, Exchange
-from distsim.symmetry import Asymmetric, prove, quotient
+from distsim.symmetry import TURNS, Asymmetric, prove, quotient
 from distsim.traffic import Traffic
 
 SYMMETRIC_FROM = 512
@@ -97,8 +97,9 @@ def simulate(
     """
     fits(exchange.strategy, exchange.workers, exchange.ranks, cluster)
     itemsize = _itemsize(dtype)
-    check(exchange)
-    lowered = lower(exchange, cluster, itemsize, sharing=sharing, posting=posting)
+    plans = [dependencies(schedule) for schedule in exchange.schedules()]
+    check(exchange, plans=plans)
+    lowered = lower(exchange, cluster, itemsize, sharing=sharing, posting=posting, plans=plans)
     if fail is not None:
         failure.survive(exchange, lowered, *fail)
     traffic = exchange.traffic(itemsize)
@@ -184,7 +185,7 @@ def simulate_representatives(
     lowered = assemble(exchange, net, [waits], itemsize, posting)
     timeline = engine.run(lowered.graph)
     if engine.queued(lowered.graph, timeline):
-        raise Asymmetric("transfers have to wait for each other's turn, and turns may differ from rank to rank")
+        raise Asymmetric(TURNS)
     some = proven.schedule.traffic(itemsize)
     return held_against_bounds(
         Simulation(

@@ -12,8 +12,8 @@ What is proven before anything is simulated, or else the exchange is run in full
 - rows: the representatives' rows, moved by each generator, are the rows of the ranks that they move to, chunk
   sizes and pre- and postconditions too. For all other elements the builder's equivariance stands, which the
   tests check in full at small sizes;
-- order: where links are taken in order and not shared, no transfer ever has to wait for one; ties between
-  waiting transfers could otherwise be broken differently for members of one class.
+- order: where links are taken in order and not shared, each is crossed by one member of a class, and no transfer
+  ever has to wait; ties between waiting transfers could otherwise be broken differently for members of one class.
 
 Max-min fair rates are unique, so equal for all members of a class; one stands for all, exactly.
 """
@@ -39,6 +39,8 @@ Index = npt.NDArray[np.int64]
 
 MAX_PAIRS = 2**24
 """Most pairs of ranks for which traffic is counted one by one."""
+
+TURNS = "transfers have to wait for each other's turn, and turns may differ from rank to rank"
 
 
 class Asymmetric(Exception):
@@ -165,22 +167,31 @@ def prove(strategy: str, workers: int, params: int, cluster: Cluster, collective
 
 
 def quotient(net: Network, proven: Proven) -> Network:
-    """Let one link of each orbit stand for all: it is held by representatives, each of which counts several times."""
+    """Let one link of each orbit stand for all: it is held by representatives, each of which counts several times.
+
+    Raises: Asymmetric where members of one class take a link in order, and so wait for each other.
+    """
     links = len(proven.link_orbit)
     where = np.arange(len(net.resources))
     where[:links] = proven.link_orbit
     copies = np.ones(len(where))
     copies[:links] = proven.link_copies
+    held = where[net.routes.resources]
+    if (copies[held[~net.resources.fair[held]]] > 1).any() or _twice(held, net.routes.ptr, net.resources.fair):
+        raise Asymmetric(TURNS)
     resources = replace(
         net.resources,
         capacity=net.resources.capacity / copies,
         overhead_s=net.resources.overhead_s * copies,
     )
-    return replace(
-        net,
-        resources=resources,
-        routes=replace(net.routes, resources=where[net.routes.resources].astype(np.int32)),
-    )
+    return replace(net, resources=resources, routes=replace(net.routes, resources=held.astype(np.int32)))
+
+
+def _twice(held: Index, ptr: Index, fair: npt.NDArray[np.bool_]) -> bool:
+    """Return whether some route crosses an orbit of links that are taken in order twice."""
+    route = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
+    crossed = np.stack((route, held))[:, ~fair[held]]
+    return bool(np.unique(crossed, axis=1).shape[1] < crossed.shape[1])
 
 
 def _refuse_soon(first: Schedule, representatives: int, cluster: Cluster) -> None:

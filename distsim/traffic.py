@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distsim.compiled import call
-from distsim.places import places
+from distsim.places import named, places
 
 Ints = npt.NDArray[np.int64]
 
@@ -51,7 +51,8 @@ class Traffic:
     @staticmethod
     def of_rows(ranks: int, parts: Sequence[Rows]) -> Traffic:
         """Count messages whose sizes are given by kind (by chunk, for a schedule), in one pass over the rows."""
-        pairs, count = places(ranks, *((part.src, part.dst) for part in parts))
+        talking = [(part.src, part.dst) for part in parts]
+        pairs, count = places(ranks, *talking)
         messages, total = np.zeros(count, np.int64), np.zeros(count, np.int64)
         message_sizes: Counter[int] = Counter()
         for pair, part in zip(pairs, parts, strict=True):
@@ -69,17 +70,14 @@ class Traffic:
             many = np.zeros(len(sizes), np.int64)
             np.add.at(many, which, kinds[kinds > 0])
             message_sizes.update(dict(zip(sizes.tolist(), many.tolist(), strict=True)))
-        links = np.flatnonzero(messages)
-        src, dst = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        for pair, part in zip(pairs, parts, strict=True):
-            src[pair], dst[pair] = part.src, part.dst
+        links, src, dst = named(count, pairs, *talking)
         return Traffic(
             ranks=ranks,
             messages=sum(message_sizes.values()),
             bytes=sum(each * many for each, many in message_sizes.items()),  # exact, beyond 64 bits too
             message_sizes=dict(sorted(message_sizes.items())),
-            link_src=src[links],
-            link_dst=dst[links],
+            link_src=src.astype(np.int64),
+            link_dst=dst.astype(np.int64),
             link_messages=messages[links],
             link_bytes=total[links],
         )

@@ -108,7 +108,7 @@ def test_odd_numbers_survive_the_file(tmp_path: Path) -> None:
 
 def test_neighbours_pass_on_around_the_ring() -> None:
     schedule = neighbours.neighbours(3, 5, 4)
-    assert schedule.messages == 12
+    assert schedule.rows == 12
     assert set(zip(schedule.src.tolist(), schedule.dst.tolist(), strict=True)) == {(0, 1), (1, 2), (2, 0)}
     assert schedule.traffic(4).message_sizes == {20: 12}
 

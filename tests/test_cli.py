@@ -20,7 +20,10 @@ KEYS_OF_THE_ISSUE = {
     *("strategy", "ranks", "params", "messages", "message_sizes", "bytes", "time_s"),
     *("latency_bound_s", "bandwidth_bound_s", "algbw_Bps", "busbw_Bps"),
 }
-KEYS = KEYS_OF_THE_ISSUE | {"dtype", "cluster", "cluster_title", "any_algorithm_bound_s", "peak_staging_bytes"}
+KEYS = KEYS_OF_THE_ISSUE | {
+    *("dtype", "cluster", "cluster_title", "any_algorithm_bound_s", "peak_staging_bytes"),
+    *("size_bytes", "collective", "sharing"),
+}
 Capture = pytest.CaptureFixture[str]
 
 
@@ -92,11 +95,8 @@ def test_compare_puts_all_strategies_side_by_side(capsys: Capture) -> None:
     values = as_json(capsys, "compare --ranks 8 --params 1000 --cluster ethernet_16x10g")
     assert [value["strategy"] for value in values] == list(exchanges.STRATEGIES)
     assert all(value.keys() == KEYS and value["cluster"] == "ethernet_16x10g" for value in values)
-    assert {value["strategy"]: value["messages"] for value in values} == {
-        "all-to-all": 56,
-        "parameter-server": 16,
-        "ring": 112,
-    }
+    messages = {value["strategy"]: value["messages"] for value in values}
+    assert (messages["all-to-all"], messages["parameter-server"], messages["ring"]) == (56, 16, 112)
     text = run(capsys, "compare --ranks 8 --params 1000 --cluster ethernet_16x10g")
     assert all(strategy in text for strategy in exchanges.STRATEGIES)
     assert "any algorithm on these 8 devices needs at least" in text
@@ -141,7 +141,7 @@ def test_clusters_lists_the_shipped_ones(capsys: Capture) -> None:
     assert len(lines) == len(values)
     for line, value in zip(lines, values, strict=True):
         assert line.startswith(value["name"])
-        assert f"{value['devices']} devices  {value['title']}" in line
+        assert f"{value['devices']:,} devices  {value['title']}" in line
 
 
 def test_records_can_be_written_and_compared(capsys: Capture, tmp_path: Path) -> None:
@@ -171,12 +171,28 @@ def test_records_can_be_written_and_compared(capsys: Capture, tmp_path: Path) ->
 MISTAKES = [
     ("", "the following arguments are required: COMMAND"),
     ("exchnge ring", "invalid choice: 'exchnge'"),
-    ("exchange", "the following arguments are required: STRATEGY, --ranks, --params"),
-    ("exchange ring --ranks 3", "the following arguments are required: --params"),
+    ("exchange", "the following arguments are required: --ranks"),
+    ("exchange ring --ranks 3", "one of the arguments --params --sizes is required"),
+    ("exchange ring --ranks 3 --params 1 --sizes 8B", "argument --sizes: not allowed with argument --params"),
+    ("exchange --ranks 3 --params 1", "expected one strategy, as STRATEGY or as --algorithm STRATEGY; valid: auto"),
+    ("exchange auto --ranks 9 --params 1 --cluster dgx_h100", "cluster dgx_h100 has 8 devices, but "),
+    (
+        "exchange ring --ranks 3 --params 1 --collective gather",
+        "unknown collective 'gather'; did you mean 'all-gather'",
+    ),
+    (
+        "exchange auto --ranks 3 --params 1 --collective gather",
+        "unknown collective 'gather'; did you mean 'all-gather'",
+    ),
+    ("exchange ring --ranks 3 --params 1 --sharing fare", "argument --sharing: invalid choice: 'fare'"),
+    ("exchange ring --ranks 3 --params 1 --csv /dev/null/x.csv", "/dev/null/x.csv: cannot write it"),
+    ("compare --ranks 3", "one of the arguments --params --size is required"),
+    ("compare --ranks 3 --size 8", "'8' has no unit"),
+    ("sweep --strategies ring", "the following arguments are required: --ranks, --sizes, --out"),
     ("exchange rign --ranks 3 --params 12", "unknown strategy 'rign'; did you mean 'ring'?"),
     ("exchange all_to_all --ranks 3 --params 12", "did you mean 'all-to-all'?"),
     ("exchange parameter_server --ranks 3 --params 12", "did you mean 'parameter-server'?"),
-    ("exchange qqq --ranks 3 --params 12", "valid: all-to-all, parameter-server, ring"),
+    ("exchange qqq --ranks 3 --params 12", "valid: all-to-all, direct, "),
     ("check rings --ranks 3", "unknown strategy 'rings'; did you mean 'ring'?"),
     ("exchange ring --ranks 0 --params 12", "must be at least 1, not 0"),
     ("exchange ring --ranks -2 --params 12", "must be at least 1, not -2"),
@@ -184,7 +200,8 @@ MISTAKES = [
     ("compare --ranks 0 --params 1", "must be at least 1, not 0"),
     ("exchange ring --ranks 1000000 --params 12", "at most 4096 workers, not 1000000: tables for more do not fit"),
     ("check ring --ranks 4097", "at most 4096 workers, not 4097"),
-    ("compare --ranks 99999999999999999999 --params 12", "at most 4096 workers"),
+    ("compare --ranks 99999999999999999999 --params 12", "workers, not 99999999999999999999"),
+    ("compare --ranks 4097 --params 12", "at most 4096 workers, not 4097"),
     ("exchange ring --ranks 3 --params -1", "the parameter count cannot be negative, but is -1"),
     ("exchange ring --ranks 3 --params 99999999999999999999", "at most 140737488355328 parameters"),
     ("exchange ring --ranks three --params 12", "argument --ranks: invalid int value: 'three'"),
@@ -242,7 +259,9 @@ def test_lack_of_memory_and_ctrl_c_end_without_a_traceback(capsys: Capture, monk
         assert capsys.readouterr() == ("", message)
 
 
-@pytest.mark.parametrize("command", ["--help", "exchange --help", "compare --help", "clusters --help", "--version"])
+@pytest.mark.parametrize(
+    "command", ["--help", "exchange --help", "compare --help", "sweep --help", "clusters --help", "--version"]
+)
 def test_help_is_printed_to_stdout(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(command.split())
@@ -252,7 +271,7 @@ def test_help_is_printed_to_stdout(command: str, capsys: Capture) -> None:
     assert out.startswith((f"usage: {' '.join(['distsim', *command.split()[:-1]])} ", f"distsim {__version__}"))
 
 
-HEAVY = ("numba", "torch", "ray", "matplotlib", "networkx", "pydantic", "yaml", "tabulate", "scipy")
+HEAVY = ("numba", "torch", "ray", "matplotlib", "networkx", "pydantic", "yaml", "tabulate", "scipy", "tqdm", "pyarrow")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +280,7 @@ HEAVY = ("numba", "torch", "ray", "matplotlib", "networkx", "pydantic", "yaml", 
         ("import distsim", ("numpy", *HEAVY)),
         ("from distsim.cli import main; main(['--help'])", HEAVY),
         ("from distsim.cli import main; main(['exchange', '--help'])", HEAVY),
+        ("from distsim.cli import main; main(['sweep', '--help'])", HEAVY),
         ("from distsim.cli import main; main(['check', 'ring', '--ranks', '4'])", HEAVY),
         (
             "from distsim.cli import main; main('exchange ring --ranks 4 --params 9 --cluster dgx_h100'.split())",

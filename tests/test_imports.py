@@ -16,22 +16,27 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOUSE = ("distsim", "trainers", "analysis", "cluster_configs")
+HOUSE = ("distsim", "trainers", "analysis", "benchmarks", "cluster_configs")
 
 # distsim's modules and subpackages, lowest layer first; a module imports from its own layer and lower ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"units", "errors", "files"}),
-    frozenset({"yamlfile", "topologies", "routing", "validation", "cluster", "schedule", "traffic"}),
-    frozenset({"check", "bounds", "exchanges", "engine"}),
-    frozenset({"lower", "step"}),
-    frozenset({"record", "diff"}),
-    frozenset({"tables", "cli", "__main__", "__init__"}),
+    frozenset({"units", "errors", "files", "compiled", "places", "version", "tables"}),
+    frozenset({"yamlfile", "topologies", "routing", "validation", "clusterfile", "overrides", "cluster"})
+    | frozenset({"collectives", "schedule", "dependencies", "messages", "traffic"}),
+    frozenset({"check", "bounds", "exchanges", "formulas", "loop", "taskgraph", "engine"}),
+    frozenset({"network", "symmetry", "lower", "failure", "step"}),
+    frozenset({"critical", "trace", "record", "diff"}),
+    frozenset({"api", "sweeps", "journal", "executors"}),
+    frozenset({"commands", "cli", "__main__", "__init__"}),
 )
 # What each package may import besides itself and the standard library.
 ALLOWED: dict[str, frozenset[str]] = {
-    "distsim": frozenset({"networkx", "numba", "numpy", "pydantic", "pydantic_core", "tabulate", "yaml"}),
+    "distsim": frozenset(
+        {"networkx", "numba", "numpy", "pyarrow", "pydantic", "pydantic_core", "tabulate", "tqdm", "yaml"}
+    ),
     "trainers": frozenset({"distsim", "numpy", "pydantic", "ray", "tabulate", "torch", "tqdm", "yaml"}),
     "analysis": frozenset({"distsim", "matplotlib", "numpy", "tabulate"}),
+    "benchmarks": frozenset({"distsim", "numpy", "simpy"}),
     "cluster_configs": frozenset(),
 }
 RAY_FILES = "trainers/ray_*.py"  # the parameter server's home; the other strategies need no Ray
@@ -191,6 +196,8 @@ def test_a_clean_house_has_no_violations(tmp_path: Path) -> None:
         ("analysis/plot.py", "import distsim\n", "of distsim, analysis imports only"),
         ("analysis/plot.py", "import trainers.loop\n", "analysis never imports trainers"),
         ("analysis/plot.py", "import torch\n", "analysis never imports torch"),
+        ("benchmarks/peers.py", "import torch\n", "benchmarks never imports torch"),
+        ("distsim/cli.py", "import benchmarks\n", "distsim never imports benchmarks"),
         ("cluster_configs/__init__.py", "import os\n", "imports nothing"),
     ],
 )

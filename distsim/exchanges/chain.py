@@ -1,7 +1,7 @@
 """Chain: rank 0 - 1 - 2 - ... passes the array on (broadcast) or adds to it (reduce).
 
-n - 1 messages of p elements; (n - 1)(a + p/B). With k segments they follow each other: (n - 2 + k) rounds of
-p/k elements, close to p/B for large arrays whatever n is (Pjesivac-Grbovic et al., "Performance analysis of
+n - 1 messages of p elements; (n - 1)(a + p/B). With k segments that follow each other: (n - 2 + k) rounds
+of p/k elements, close to p/B for large arrays whatever n is (Pjesivac-Grbovic et al., "Performance analysis of
 MPI collective operations", Cluster Computing 10, 2007, on pipelined chains).
 """
 

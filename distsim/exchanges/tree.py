@@ -5,7 +5,7 @@ All-reduce: 2(n - 1) messages of p elements, each phase in L = ceil(log_k n) rou
 all at once over one link (n = 2^L). The parent of a rank is the rank without its lowest digit, to base k, that is
 not 0. Broadcast and reduce are half of it each (Thakur, Rabenseifner and Gropp, "Optimization of collective
 communication operations in MPICH", Int. J. High Perform. Comput. Appl. 19, 2005). `segments` lets the parts of a
-large array follow each other down the tree.
+large array follow each other down the tree, where they are sent in turn: in rounds, or on links taken in order.
 """
 
 from __future__ import annotations

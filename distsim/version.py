@@ -1,0 +1,3 @@
+"""The version of distsim, for every layer to read."""
+
+__version__ = "0.1.0"
