@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from benchmarks import building, full_ring, peers, report, speed
+from benchmarks import building, full_ring, peers, report, speed, symmetric
 from benchmarks.report import Table
 from distsim.errors import DistsimError
 
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], list[Table]]] = {
     "full-ring": full_ring.measure,  # first: it measures memory, and a small parent leaves no trace in it
     "speed": speed.measure,
     "peers": peers.measure,
+    "symmetry": symmetric.measure,
     "building": building.measure,
 }
 

@@ -73,15 +73,17 @@ def child(ranks: int) -> dict[str, Any]:
     parts: dict[str, list[float]] = {}
     timed(parts, "import", importlib.import_module, "distsim.step")
     from benchmarks import cases
-    from distsim import bounds, engine
+    from distsim import bounds, chain, engine
     from distsim.check import check
+    from distsim.dependencies import dependencies
     from distsim.lower import lower
 
     cluster = timed(parts, "cluster", cases.switch, ranks)
     exchange = timed(parts, "build", cases.ring, ranks)
-    timed(parts, "check", check, exchange)
-    lowered = timed(parts, "lower", lower, exchange, cluster, cases.ITEMSIZE)
-    least_s = timed(parts, "bound: chain of latencies", engine.longest_chain_s, lowered.graph)
+    plans = [timed(parts, "dependencies", dependencies, exchange.gradients)]
+    timed(parts, "check", lambda: check(exchange, plans=plans))
+    lowered = timed(parts, "lower", lambda: lower(exchange, cluster, cases.ITEMSIZE, plans=plans))
+    least_s = timed(parts, "bound: chain of latencies", chain.longest_chain_s, lowered.graph)
     makespan_s = timed(parts, "run", engine.run, lowered.graph).makespan_s
     traffic = timed(parts, "traffic", exchange.traffic, cases.ITEMSIZE)
     load_s = timed(parts, "bound: busiest link", bounds.link_load_s, traffic, cluster)

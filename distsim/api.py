@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from distsim import collectives, exchanges, record, step
+from distsim import collectives, critical, exchanges, record, step
 from distsim.cluster import Cluster, ideal, load
 from distsim.errors import ConfigError, nearest
 from distsim.schedule import ITEMSIZE
@@ -120,6 +120,16 @@ class Result:
             "utilization": (busy_s / self.time_s).tolist() if self.time_s > 0 else [],
         }
 
+    def critical_path(self) -> dict[str, list[Any]]:
+        """Return columns with a row for each cause and resource that the time went to, the longest first."""
+        return columns(
+            [asdict(each) for each in critical.critical_path(self.simulation)], critical.Segment.__annotations__
+        )
+
+    def busiest(self) -> dict[str, list[Any]]:
+        """Return columns with a row for each of the busiest links, processors and hosts."""
+        return columns([asdict(each) for each in critical.busiest(self.simulation)], critical.Usage.__annotations__)
+
     def setting(self) -> str:
         """Say in one line what was simulated, without the strategy."""
         exchange, cluster = self.simulation.exchange, self.simulation.cluster
@@ -157,12 +167,14 @@ class Result:
         return rows
 
     def __repr__(self) -> str:
-        return f"{self.title()}\n\n{table(('one exchange', ''), self.summary())}"
+        where = critical.explain(self.simulation)
+        return f"{self.title()}\n\n{table(('one exchange', ''), self.summary())}\n\n{where}"
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<p>{escape(self.title())}</p>{table(('one exchange', ''), self.summary(), 'html')}"
+        shown = table(("one exchange", ""), self.summary(), "html")
+        return f"<p>{escape(self.title())}</p>{shown}<pre>{escape(critical.explain(self.simulation))}</pre>"
 
 
 def simulate(

@@ -9,15 +9,17 @@ hosts spend on sending are causes of their own.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from distsim.compiled import call
+from distsim.chain import path
 from distsim.engine import Timeline
 from distsim.step import Simulation
 from distsim.taskgraph import Floats, Index, TaskGraph
@@ -76,19 +78,6 @@ class _Sum:
     crowd: float = 0.0
 
 
-def path(graph: TaskGraph, timeline: Timeline) -> list[int]:
-    """Return the tasks of the critical path, first to last; of several that finish last, the lowest number."""
-    if not graph.tasks:
-        return []
-    nobody = np.full(graph.tasks, -1, np.int32)
-    arrays = (graph.next_ptr, graph.following, timeline.finish_s, nobody)
-    last = np.asarray(call(_last_before, graph.tasks + len(graph.following), *arrays))
-    chain = [int(np.argmax(timeline.finish_s))]
-    while last[chain[-1]] >= 0:
-        chain.append(int(last[chain[-1]]))
-    return chain[::-1]
-
-
 def critical_path(simulation: Simulation) -> list[Segment]:
     """Return what the critical path is made of, merged by cause and resource, the longest first.
 
@@ -136,29 +125,28 @@ def busiest(simulation: Simulation, count: int = 3) -> list[Usage]:
     own = np.flatnonzero(graph.route >= net.processor_route)  # of processors and hosts, one resource each
     where = graph.routes.resources[graph.routes.ptr[graph.route[own]]]
     np.add.at(busy_s, where, graph.amount[own] / graph.resources.capacity[where])
-    order = np.argsort(-busy_s, kind="stable")
-    order = order[busy_s[order] > 0]
+    order = np.argsort(-busy_s, kind="stable")[: int((busy_s > 0).sum())]
     found: list[Usage] = []
     while len(order) and len(found) < count:
         same = int((busy_s[order] >= busy_s[order[0]] * (1 - ALIKE)).sum())
         first = int(order[:same].min())
         occupied_s = _union_s(*held(graph, simulation.timeline, _users(graph, [first])[first], first))
-        usage = Usage(
-            resource=_resource(simulation, first),
-            alike=int(np.where(order[:same] < links, 1, simulation.copies).sum()) - 1,
-            busy_s=float(busy_s[first]),
-            utilization=float(busy_s[first]) / total,
-            occupied=occupied_s / total,
+        found.append(
+            Usage(
+                resource=_resource(simulation, first),
+                alike=int(np.where(order[:same] < links, 1, simulation.copies).sum()) - 1,
+                busy_s=float(busy_s[first]),
+                utilization=float(busy_s[first]) / total,
+                occupied=occupied_s / total,
+            )
         )
-        found.append(usage)
         order = order[same:]
     return found
 
 
 def explain(simulation: Simulation) -> str:
     """Return the lines that `distsim exchange` prints: where the time went, and the busiest resources."""
-    lines = words(critical_path(simulation))
-    if not lines:
+    if not (lines := words(critical_path(simulation))):
         return "where the time went: nothing takes time"
     usages = busiest(simulation)
     names = [usage.resource + (f" and {usage.alike} more" if usage.alike else "") for usage in usages]
@@ -198,25 +186,38 @@ def _sums(simulation: Simulation) -> dict[tuple[Cause, int], _Sum]:
         entry.ranks.add(senders(task))
         return entry
 
-    for task in path(graph, simulation.timeline):
-        began, ready = ready, float(finish_s[task])
+    @cache  # a long chain goes over few routes
+    def alone(route: int, amount: float) -> tuple[float, float, int, list[tuple[int, float]]]:
+        """How long without others and latency, how late, the slowest resource, and the links that make it late."""
+        held_by = graph.routes.resources[graph.routes.ptr[route] : graph.routes.ptr[route + 1]]
+        needs_s = amount / capacity[held_by] + overhead_s[held_by]
+        late = (
+            [] if route >= net.processor_route else [link for link in held_by.tolist() if cluster.latency_s[link] > 0]
+        )
+        late_s = float(graph.routes.latency_s[route])
+        slowest = int(held_by[np.argmax(needs_s)])
+        return float(needs_s.max()), late_s, slowest, [(link, float(cluster.latency_s[link])) for link in late]
+
+    chain = path(graph, simulation.timeline)
+    ends, starts = finish_s[chain].tolist(), start_s[chain[1:]].tolist()
+    for task, end, next_start in zip(chain, ends, (*starts, math.inf), strict=bool(chain)):
+        began, ready = ready, end
         if task >= len(graph.amount) or ready == began:
             continue
-        route, held_by = int(graph.route[task]), _route(graph, task)
-        alone_s = graph.amount[task] / capacity[held_by] + overhead_s[held_by]
-        slowest = int(held_by[np.argmax(alone_s)])
-        late_s, extra_s = float(graph.routes.latency_s[route]), float(overhead_s[slowest])
-        wait_s = ready - began - late_s - float(alone_s.max())
-        if wait_s <= 1e-9 * (ready - began) + ROUNDING * ready:
-            wait_s = 0.0
-        else:
+        route = int(graph.route[task])
+        needs_s, late_s, slowest, late = alone(route, float(graph.amount[task]))
+        if next_start < ready:  # the next one was in line, and did not wait for this one to arrive
+            ready, late_s, late = max(began, ready - late_s), 0.0, []
+        extra_s = float(overhead_s[slowest])
+        wait_s = ready - began - late_s - needs_s
+        wait_s = 0.0 if wait_s <= 1e-9 * (ready - began) + ROUNDING * ready else wait_s
+        if wait_s:
             waited.append((task, began, wait_s))
         kind: Cause = "transfer"
         if route >= net.processor_route:
             kind = "posting" if route >= net.host_route else "adding"
-        else:
-            for link in held_by[cluster.latency_s[held_by] > 0].tolist():
-                add("latency", link, float(cluster.latency_s[link]), task)
+        for link, seconds in late:
+            add("latency", link, seconds, task)
         if extra_s > 0:
             add("overhead", slowest, extra_s, task)
         if (moving_s := ready - began - late_s - extra_s - wait_s) != 0.0:
@@ -339,6 +340,10 @@ def _say(cause: Cause, segments: Sequence[Segment]) -> str:
     }[cause]
 
 
+def _counted(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count:,} {what}s in a row"
+
+
 def _where(segments: Sequence[Segment]) -> str:
     """Name the resource that takes the most, and how many others there are."""
     first, others = segments[0], len(segments) - 1
@@ -358,17 +363,3 @@ def _known_as(resource: str) -> str:
     leaves, enters = (NIC.fullmatch(end) for end in (resource.partition(" -> ")[0], resource.partition(" -> ")[2]))
     port = leaves if leaves and leaves["side"] == "out" else enters if enters and enters["side"] == "in" else None
     return f"NIC {port['nic']} of node {port['node']} ({resource})" if port else resource
-
-
-def _counted(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count:,} {what}s in a row"
-
-
-def _last_before(next_ptr: Any, following: Any, finish_s: Any, last: Any) -> Any:
-    """Return for each task the one of those it waits for that finishes last, the lowest number among equals."""
-    for task in range(len(finish_s)):
-        for i in range(next_ptr[task], next_ptr[task + 1]):
-            waiter = following[i]
-            if last[waiter] < 0 or finish_s[task] > finish_s[last[waiter]]:
-                last[waiter] = task
-    return last

@@ -1,6 +1,7 @@
 """The engine: `TaskGraph` -> `Timeline`. It knows resources and waits, nothing of training or networks.
 
-A task becomes ready when all that it waits for has finished. It then moves its `amount` over all resources of
+A task becomes ready when all that it waits for has finished, and the one before it in its line has let go of its
+route. It then moves its `amount` over all resources of
 its route at once (cut-through), and finishes the route's `latency_s` after the last of it. Resources are of two
 kinds:
 
@@ -18,13 +19,14 @@ loop.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from distsim.compiled import COMPILE_FROM, call
 from distsim.errors import DeadlockError
-from distsim.loop import Agenda, Flows, Links, Lists, longest_chain, run_tasks
+from distsim.loop import run_tasks
 from distsim.taskgraph import Floats, TaskGraph, waiting_cycle
 
 ROOM = 1024
@@ -43,6 +45,65 @@ class Timeline:
     def makespan_s(self) -> float:
         """When the last task finished; 0 for no tasks."""
         return float(self.finish_s.max(initial=0.0))
+
+
+class Links(NamedTuple):
+    """State of each resource."""
+
+    free_s: Any
+    """In order: when it is free again."""
+    first_place: Any
+    """Fair: the first flow on it, -1 for none."""
+    flows_on: Any
+    """How many flows are on it."""
+    seen: Any
+    """The last turn of sharing in which it took part."""
+    left: Any
+    weight: Any
+    rising_on: Any
+    """While sharing: capacity not yet given away, demand of the flows whose rates still rise, their number."""
+
+
+class Flows(NamedTuple):
+    """State of the flows under way, one slot each. Place slot * hops + hop is its entry in that resource's list."""
+
+    task: Any
+    rate: Any
+    to_move: Any
+    """Amount left at `since_s`."""
+    since_s: Any
+    due_s: Any
+    """When it ends at its present rate."""
+    leads: Any
+    """Whether its component's event is in its name."""
+    follows: Any
+    """The next flow that ends with it, -1 for none."""
+    seen: Any
+    next_place: Any
+    before_place: Any
+    """Per place: its neighbours, -1 for none."""
+    spare: Any
+    """Slots that are free."""
+
+
+class Agenda(NamedTuple):
+    """What is to happen: entries, and buckets of them in a heap."""
+
+    number: Any
+    next: Any
+    """Per entry: what, and the next entry of its bucket, or of those to spare."""
+    bucket_s: Any
+    bucket_serial: Any
+    bucket_entry: Any
+    """Per bucket, in the order of the heap: when, how many were opened before it, and its first entry."""
+
+
+class Lists(NamedTuple):
+    """Room for the tasks that finish together, what has changed, and the flows of a component."""
+
+    finished: Any
+    changed: Any
+    members: Any
 
 
 def run(graph: TaskGraph, compiled: bool | None = None, stopped: npt.NDArray[np.bool_] | None = None) -> Timeline:
@@ -70,6 +131,7 @@ def run(graph: TaskGraph, compiled: bool | None = None, stopped: npt.NDArray[np.
             to_wait_for.copy(),
             graph.next_ptr,
             graph.following,
+            graph.next_in_line,
             routes.ptr,
             routes.resources,
             routes.latency_s,
@@ -87,12 +149,14 @@ def run(graph: TaskGraph, compiled: bool | None = None, stopped: npt.NDArray[np.
         )
         room *= 8
     left = np.asarray(waits)
+    start_s, finish_s = np.asarray(start), np.asarray(finish)
+    finish_s[: len(graph.route)] += routes.latency_s[graph.route]
     if stopped is not None:
         never = left > 0
-        return Timeline(start_s=np.where(never, np.nan, start), finish_s=np.where(never, np.nan, finish))
+        return Timeline(start_s=np.where(never, np.nan, start_s), finish_s=np.where(never, np.nan, finish_s))
     if (left > 0).any():
         raise DeadlockError(waiting_cycle(graph, left))
-    return Timeline(start_s=np.asarray(start), finish_s=np.asarray(finish))
+    return Timeline(start_s=start_s, finish_s=finish_s)
 
 
 def queued(graph: TaskGraph, timeline: Timeline) -> bool:
@@ -103,21 +167,10 @@ def queued(graph: TaskGraph, timeline: Timeline) -> bool:
         return False
     ready_s = np.zeros(graph.tasks)
     np.maximum.at(ready_s, graph.following, np.repeat(timeline.finish_s, np.diff(graph.next_ptr)))
-    return bool((timeline.start_s[in_order] > ready_s[in_order]).any())
-
-
-def longest_chain_s(graph: TaskGraph) -> float:
-    """Return the longest chain of latencies in a graph, in seconds: its makespan if amounts took no time.
-
-    Raises: DeadlockError as `run` does.
-    """
-    columns = (graph.routes.latency_s, graph.route, graph.waits.copy(), graph.next_ptr, graph.following)
-    arguments = (*columns, np.zeros(graph.tasks), np.empty(graph.tasks, np.int32))
-    longest, waits = call(longest_chain, graph.tasks, *arguments)
-    left = np.asarray(waits)
-    if (left > 0).any():
-        raise DeadlockError(waiting_cycle(graph, left))
-    return float(longest)
+    ahead = np.flatnonzero(graph.next_in_line >= 0)
+    let_go_s = timeline.finish_s[ahead] - routes.latency_s[graph.route[ahead]]
+    np.maximum.at(ready_s, graph.next_in_line[ahead], let_go_s)
+    return bool((timeline.start_s[in_order] > ready_s[in_order] * (1 + 1e-12)).any())
 
 
 def _agenda(room: int) -> Agenda:

@@ -2,13 +2,15 @@
 
 `n` workers exchange `p` elements, or `size` bytes. Times are those of an ideal switch that does not block: each
 device has one link in and one out of `bandwidth` B (bytes a second), a message alone takes `latency` a plus its
-bytes over B, simultaneous messages share links max-min fairly, and additions are free. Messages go as soon as
-what they carry is there, whatever step they stand in. Times hold for sizes that the chunks divide; where n is no
-power of two, some strategies have no closed form, because messages of different rounds meet on a link.
+bytes over B, simultaneous messages share links max-min fairly, those of an ordered pair of ranks go one after
+another, and additions are free. A formula says with which `posting` it holds: most do with messages that go as soon
+as what they carry is there, whatever step they stand in, some only with the rounds of the literature. Times hold for
+sizes that the chunks divide; where n is no power of two, some strategies have no closed form, because messages of
+different rounds meet on a link.
 
 The cost model is that of Hockney ("The communication challenge for MPP", Parallel Computing 20, 1994); the formulas
 of the algorithms follow Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
-MPICH", Int. J. High Perform. Comput. Appl. 19, 2005, except where messages that could follow each other share a link.
+MPICH", Int. J. High Perform. Comput. Appl. 19, 2005, except where messages to several ranks share a link.
 
 A formula is an expression, which is evaluated to be held against simulations and shown to be read, so that what is
 shown is what holds.
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil, isqrt
 from types import CodeType
+from typing import Literal
 
 Time = tuple[float, float] | None
 """Latencies, and times that the whole array crosses a link: (x, y) stands for x * a + y * size/B."""
@@ -41,6 +44,8 @@ class Formula:
     """How often the bytes of the whole array cross a link one after another: the factor of S/B."""
     powers_only: bool = False
     """Whether the time holds only where n is a power of two."""
+    posting: Literal["eager", "rounds"] = "eager"
+    """When ranks hand over messages where the time holds: as soon as they can go, or in the textbooks' rounds."""
 
     def messages(self, n: int) -> int:
         """Number of messages that n workers send, where every chunk has elements."""
@@ -123,6 +128,7 @@ NAMES: dict[str, tuple[Callable[[int], int], str]] = {
     "q": (_power, "the largest power of two up to n"),
     "g": (_node, "the ranks of a node, option `node`; by default the largest divisor of n up to 8"),
     "C": (_row, "the ranks of a row, n over the option `rows`, by default the largest divisor of n up to its root"),
+    "d": (lambda n: (n - 1).bit_length(), "the binary digits of n-1; log2(n) for a power of two"),
     "w": (_ones, "the ones among the binary digits of 0, 1, ..., n-1; n log2(n)/2 for a power of two"),
     "h": (lambda n: _last_served(n)[0], "the hops to the rank that is served last; log2(n) for a power of two"),
     "c": (
@@ -149,8 +155,8 @@ def _value(expression: str, n: int, p: int = 0) -> float:
 _EVERYBODY = Formula("n*(n-1)", "p/n", "1", "(n-1)/n")
 _AROUND = Formula("n*(n-1)", "p/n", "n-1", "(n-1)/n")
 _HALVING = Formula("2*(n-q) + q*log2(q)", "p/2 if n == q else p", "log2(n)", "(n-1)/n", powers_only=True)
-_NODES = Formula("n*(n-1)", "p/n", "n//g if g > 1 else n-1", "(n-1)/n")
-_GRID = Formula("n*(n-1)", "p/n", "C + n//C - 2", "(n-1)/n")
+_NODES = Formula("n*(n-1)", "p/n", "n//g if g > 1 else n-1", "(n-1)/n", posting="rounds")
+_GRID = Formula("n*(n-1)", "p/n", "C + n//C - 2", "(n-1)/n", posting="rounds")
 _CHAIN = Formula("n-1", "p", "n-1", "n-1")
 
 FORMULAS: dict[str, dict[str, Formula]] = {
@@ -186,7 +192,7 @@ FORMULAS: dict[str, dict[str, Formula]] = {
     },
     "broadcast": {
         "chain": _CHAIN,
-        "direct": Formula("n*(n-1)", "p/n", "2 if n > 2 else 1", "(3*n-4)/n"),
+        "direct": Formula("n*(n-1)", "p/n", "2", "2*(n-1)/n", posting="rounds"),
         "tree": Formula("n-1", "p", "h", "c"),
     },
     "reduce": {
@@ -195,9 +201,8 @@ FORMULAS: dict[str, dict[str, Formula]] = {
         "tree": Formula("n-1", "p", "log2(n)", "log2(n)", powers_only=True),
     },
     "personalised-all-to-all": {
-        # All that a rank has on its way at one time is as much at every rank, so it arrives at one time, too: wave
-        # k carries the parts whose distance has k ones or more among its digits. The same goes for all-gathers.
-        "bruck": Formula("n*w", "p/n", "log2(q)", "w/n"),
+        # In round k a rank sends one other all parts whose distance has digit k: in line, so with one latency.
+        "bruck": Formula("n*w", "p/n", "d", "w/n", posting="rounds"),
         "direct": _EVERYBODY,
         "pairwise": _EVERYBODY,
     },

@@ -10,7 +10,7 @@ Everything is in one function and in columns of numbers: calls and objects would
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,71 +21,13 @@ WIDE = 0
 """Added to a 32-bit number, it makes the compiler take 64 bits, which is what heaps and lists here hold."""
 
 
-class Links(NamedTuple):
-    """State of each resource."""
-
-    free_s: Any
-    """In order: when it is free again."""
-    first_place: Any
-    """Fair: the first flow on it, -1 for none."""
-    flows_on: Any
-    """How many flows are on it."""
-    seen: Any
-    """The last turn of sharing in which it took part."""
-    left: Any
-    weight: Any
-    rising_on: Any
-    """While sharing: capacity not yet given away, demand of the flows whose rates still rise, their number."""
-
-
-class Flows(NamedTuple):
-    """State of the flows under way, one slot each. Place slot * hops + hop is its entry in that resource's list."""
-
-    task: Any
-    rate: Any
-    to_move: Any
-    """Amount left at `since_s`."""
-    since_s: Any
-    due_s: Any
-    """When it ends at its present rate."""
-    leads: Any
-    """Whether its component's event is in its name."""
-    follows: Any
-    """The next flow that ends with it, -1 for none."""
-    seen: Any
-    next_place: Any
-    before_place: Any
-    """Per place: its neighbours, -1 for none."""
-    spare: Any
-    """Slots that are free."""
-
-
-class Agenda(NamedTuple):
-    """What is to happen: entries, and buckets of them in a heap."""
-
-    number: Any
-    next: Any
-    """Per entry: what, and the next entry of its bucket, or of those to spare."""
-    bucket_s: Any
-    bucket_serial: Any
-    bucket_entry: Any
-    """Per bucket, in the order of the heap: when, how many were opened before it, and its first entry."""
-
-
-class Lists(NamedTuple):
-    """Room for the tasks that finish together, what has changed, and the flows of a component."""
-
-    finished: Any
-    changed: Any
-    members: Any
-
-
 def run_tasks(
     amount: Any,
     route: Any,
     waits: Any,
     next_ptr: Any,
     following: Any,
+    next_in_line: Any,
     route_ptr: Any,
     route_resources: Any,
     route_latency_s: Any,
@@ -102,6 +44,7 @@ def run_tasks(
 ) -> Any:
     """Run all tasks; return when each was started and finished, and for how many others each still waits.
 
+    What a task with a route finishes is its part of the route; the route's latency is for the caller to add.
     `ready_s` and `finish_s` come as zeros, shape (tasks,), the rest as `engine.py` makes it. No route has more
     than `hops` resources.
     """
@@ -172,7 +115,7 @@ def run_tasks(
                                     return ready_s, finish_s, waits, False
                                 changed[changed_count] = -1 - link
                                 changed_count += 1
-                        finish_s[task] = now + route_latency_s[path]
+                        finish_s[task] = now
                         if finished_count == len(finished):
                             return ready_s, finish_s, waits, False
                         finished[finished_count] = task
@@ -223,7 +166,7 @@ def run_tasks(
                         free_s[link] = start + busy
                         held = max(held, busy)
                     ready_s[task] = start  # from here on the column means: when it started
-                    finish_s[task] = start + held + route_latency_s[path]
+                    finish_s[task] = start + held
                     finished[0], finished_count = task, 1
 
                 # Let go what waited for nothing else; joins take no time and let go in turn.
@@ -231,11 +174,19 @@ def run_tasks(
                 while position < finished_count:
                     task = finished[position]
                     position += 1
-                    finish = finish_s[task]
-                    for i in range(next_ptr[task], next_ptr[task + 1]):
-                        waiter = WIDE + following[i]
-                        if finish > ready_s[waiter]:
-                            ready_s[waiter] = finish
+                    begin = next_ptr[task]
+                    for i in range(begin - 1, next_ptr[task + 1]):
+                        when = finish_s[task]
+                        if i < begin:  # the next in line goes when the route is let go, all others once it has arrived
+                            waiter = WIDE + next_in_line[task] if task < timed else -1
+                            if waiter < 0:
+                                continue
+                        else:
+                            waiter = WIDE + following[i]
+                            if task < timed:
+                                when += route_latency_s[route[task]]
+                        if when > ready_s[waiter]:
+                            ready_s[waiter] = when
                         waits[waiter] -= 1
                         if waits[waiter] > 0:
                             continue
@@ -412,33 +363,3 @@ def _drop_first(times: Any, serials: Any, entries: Any, count: int) -> None:
         times[place], serials[place], entries[place] = times[below], serials[below], entries[below]
         place = below
     times[place], serials[place], entries[place] = time, serial, entry
-
-
-def longest_chain(
-    latency_s: Any, route: Any, waits: Any, next_ptr: Any, following: Any, ready_s: Any, queue: Any
-) -> Any:
-    """Return the greatest sum of latencies along a chain of waits, and for how many others each task waits.
-
-    `ready_s` comes as zeros; `queue` is room for all tasks.
-    """
-    timed, longest, end = len(route), 0.0, 0
-    for task in range(len(waits)):
-        if waits[task] == 0:
-            queue[end] = task
-            end += 1
-    position = 0
-    while position < end:
-        task = queue[position]
-        position += 1
-        finish = ready_s[task]
-        if task < timed:
-            finish += latency_s[route[task]]
-        longest = max(longest, finish)
-        for i in range(next_ptr[task], next_ptr[task + 1]):
-            waiter = following[i]
-            ready_s[waiter] = max(ready_s[waiter], finish)
-            waits[waiter] -= 1
-            if waits[waiter] == 0:
-                queue[end] = waiter
-                end += 1
-    return longest, waits

@@ -87,8 +87,9 @@ def lower(
 ) -> Lowered:
     """Lower an exchange of elements of `itemsize` bytes; rank r runs on device r of the cluster.
 
-    A transfer moves its bytes over the links of its route, which it shares fairly or takes in order (`sharing`,
-    by default the cluster's), and arrives the sum of their latencies later. Before it, its sender's host spends
+    A message moves its bytes over the links of its route, which it shares fairly or takes in order (`sharing`, by
+    default the cluster's), and arrives the sum of their latencies later. Those of an ordered pair of ranks leave one
+    after another, in row order, as on a connection. Before it, its sender's host spends
     an overhead on it; after it, the receiver's processor adds. Hosts and processors do one thing after another.
     Updates take no time; they keep a rank's parameters from being shared before all of its gradients are in.
 
@@ -167,6 +168,7 @@ def assemble(
         routes=net.routes,
         edges=tasks.edges,
         joins=tasks.count - timed,
+        lines=_joined(tasks.route[: len(sends)]),  # messages of one rank to another leave in row order
         describe=tasks.describe,
     )
     handed: list[slice | None] = [*posts] if posts else [None] * len(plans)

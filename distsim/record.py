@@ -117,6 +117,11 @@ def time_error(first: RunRecord, second: RunRecord) -> float | None:
 
 def from_simulation(simulation: Simulation) -> RunRecord:
     """Make the record of a simulated exchange."""
+    if simulation.copies > 1:
+        raise ConfigError(
+            f"a record has every message, and each of this simulation stands for {simulation.copies:,}; "
+            "simulate the whole (--whole), or fewer ranks"
+        )
     exchange, timeline = simulation.exchange, simulation.timeline
     itemsize = ITEMSIZE[simulation.dtype]
     columns: dict[str, list[Any]] = {name: [] for name in Spans.model_fields}

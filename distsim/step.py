@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distsim import bounds, engine, exchanges, failure
+from distsim import bounds, chain, engine, exchanges, failure
 from distsim.check import check
 from distsim.cluster import Cluster
 from distsim.dependencies import dependencies
@@ -109,7 +109,7 @@ def simulate(
             cluster=cluster,
             dtype=dtype,
             lowered=lowered,
-            latency_bound_s=engine.longest_chain_s(lowered.graph),
+            latency_bound_s=chain.longest_chain_s(lowered.graph),
             timeline=engine.run(lowered.graph),
             traffic=traffic,
             link_load_s=bounds.link_load_s(traffic, cluster),
@@ -193,7 +193,7 @@ def simulate_representatives(
             cluster=cluster,
             dtype=dtype,
             lowered=lowered,
-            latency_bound_s=engine.longest_chain_s(lowered.graph),
+            latency_bound_s=chain.longest_chain_s(lowered.graph),
             timeline=timeline,
             traffic=proven.everywhere(some),
             link_load_s=proven.load_s(some, cluster),

@@ -67,6 +67,8 @@ class TaskGraph:
     next_ptr: Ints
     following: Ints
     """Who waits for task i: following[next_ptr[i]:next_ptr[i + 1]]."""
+    next_in_line: Ints
+    """Per task with a route: the one that may start when it lets go of its route, before its latency; -1 for none."""
     describe: Callable[[int], str] = "task {}".format
     """The name of a task in messages."""
 
@@ -79,11 +81,20 @@ class TaskGraph:
         routes: Routes,
         edges: Sequence[Edges],
         joins: int = 0,
+        lines: npt.NDArray[np.integer] | None = None,
         describe: Callable[[int], str] = "task {}".format,
     ) -> TaskGraph:
-        """Build a graph from columns of waits."""
+        """Build a graph from columns of waits.
+
+        `lines` puts the first tasks into lines, by number: those of a line start one after another, in their order.
+        """
         tasks = len(amount) + joins
         waits, next_ptr = np.zeros(tasks, np.int32), np.zeros(tasks + 2, np.int32)
+        next_in_line = np.full(len(amount), -1, np.int32)
+        if lines is not None and len(lines):
+            last = np.full(int(lines.max()) + 1, -1, np.int32)
+            lined = call(_line_up, len(lines), lines, last, next_in_line, waits)
+            next_in_line, waits = (np.asarray(column, np.int32) for column in lined)
         for each in edges:
             counted = call(_count, len(each.before), *each, waits, next_ptr)
             waits, next_ptr = np.asarray(counted[0], np.int32), np.asarray(counted[1], np.int32)
@@ -101,6 +112,7 @@ class TaskGraph:
             waits=waits,
             next_ptr=next_ptr[:-1],
             following=following,
+            next_in_line=next_in_line,
             describe=describe,
         )
 
@@ -108,6 +120,17 @@ class TaskGraph:
     def tasks(self) -> int:
         """Number of tasks, joins included."""
         return len(self.waits)
+
+
+def _line_up(lines: Any, last: Any, next_in_line: Any, waits: Any) -> Any:
+    """Let each task wait for the one before it in its line; `last` is -1 for every line."""
+    for task in range(len(lines)):
+        before = last[lines[task]]
+        if before >= 0:
+            next_in_line[before] = task
+            waits[task] += 1
+        last[lines[task]] = task
+    return next_in_line, waits
 
 
 def _count(before: Any, after: Any, before_from: int, after_from: int, waits: Any, next_ptr: Any) -> Any:
@@ -134,6 +157,10 @@ def waiting_cycle(graph: TaskGraph, waits: npt.NDArray[Any]) -> str:
     before = np.repeat(np.arange(graph.tasks), np.diff(graph.next_ptr))
     held = stuck[before] & stuck[graph.following]
     blocked_by = dict(zip(graph.following[held].tolist(), before[held].tolist(), strict=True))
+    ahead = np.flatnonzero(graph.next_in_line >= 0)
+    behind = graph.next_in_line[ahead]
+    both = stuck[ahead] & stuck[behind]
+    blocked_by = dict(zip(behind[both].tolist(), ahead[both].tolist(), strict=True)) | blocked_by
     path: dict[int, int] = {}
     task = int(np.argmax(stuck))
     while task not in path:

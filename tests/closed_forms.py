@@ -309,18 +309,30 @@ def wait_counts(schedule: Schedule) -> tuple[int, int, int, int]:
     return waits.groups, previous, after, gates
 
 
-def fair_time_s(schedule: Schedule, itemsize: int, latency_s: float, bandwidth_Bps: float) -> float:
+def fair_time_s(
+    schedule: Schedule, itemsize: int, latency_s: float, bandwidth_Bps: float, posting: str = "eager"
+) -> float:
     """Time of a schedule on an ideal switch with fair sharing: a fluid simulation, one event after another.
 
-    A message takes the latency, then its bytes flow; rates are max-min fair on the sender's link out and the
-    receiver's link in. Additions are free. What waits for what is told by the design's rules, row by row.
+    A message's bytes flow, and arrive the latency after the last of them; rates are max-min fair on the sender's
+    link out and the receiver's link in. A message begins when the one before it, from the same rank to the same, has
+    flowed; with `rounds` also not before all has arrived that its sender and receiver send and receive in earlier
+    steps. Additions are free. What waits for what is told by the design's rules, row by row.
     """
     rows = rows_of(schedule)
     message = pieces(rows, schedule.coalesced)
-    left = {m: float(sum(schedule.elements()[piece])) * itemsize for m, piece in enumerate(message)}
-    begins: dict[int, float] = {}
-    applied: set[tuple[int, int, int]] = set()
+    head = [rows[piece[0]] for piece in message]
+    left = [float(sum(schedule.elements()[piece])) * itemsize for piece in message]
+    in_line = [[k for k in range(m) if head[k][1:3] == own[1:3]][-1:] for m, own in enumerate(head)]
+    rounds = [
+        [k for k, other in enumerate(head) if other.step < own.step and {own.src, own.dst} & {other.src, other.dst}]
+        for own in (head if posting == "rounds" else [])
+    ] or [[] for _ in head]
+    waiting, flowing = set(range(len(message))), set[int]()
+    lands: dict[int, float] = {}  # of all that have flowed
     arrived: set[int] = set()
+    landed: set[int] = set()  # rows of what has arrived
+    applied: set[tuple[int, int, int]] = set()
     at: dict[tuple[int, int], list[int]] = {}
     readers: dict[tuple[int, int], list[int]] = {}
     landing: dict[tuple[int, int, int], list[int]] = {}
@@ -338,29 +350,31 @@ def fair_time_s(schedule: Schedule, itemsize: int, latency_s: float, bandwidth_B
                 step, *place = group
                 dst, chunk = place
                 earlier = all((other, dst, chunk) in applied for other in at[dst, chunk] if other < step)
-                reads = all(i in arrived for i in readers.get((dst, chunk), ()) if rows[i].step <= step)
-                if earlier and reads and arrived.issuperset(landing[group]):
+                reads = all(i in landed for i in readers.get((dst, chunk), ()) if rows[i].step <= step)
+                if earlier and reads and landed.issuperset(landing[group]):
                     applied.add(group)
                     changed = True
-            for m in left.keys() - begins.keys():
+            for m in sorted(waiting):
                 read = [rows[i] for i in message[m] if rows[i].source == Source.WORK]
                 into = [(step, row) for row in read for step in at.get((row.src, row.chunk), ()) if step < row.step]
-                if applied.issuperset((step, row.src, row.chunk) for step, row in into):
-                    begins[m] = now + latency_s
+                ready = applied.issuperset((step, row.src, row.chunk) for step, row in into)
+                if ready and lands.keys() >= set(in_line[m]) and arrived.issuperset(rounds[m]):
+                    waiting.remove(m)
+                    flowing.add(m)
                     changed = True
-        under_way = {m for m in begins if message[m][0] not in arrived}
-        flowing = {m: rows[message[m][0]] for m in under_way if begins[m] <= now * (1 + 1e-12)}
-        rate = max_min({m: (("out", row.src), ("in", row.dst)) for m, row in flowing.items()}, bandwidth_Bps)
-        ends = [now + left[m] / rate[m] for m in flowing]
-        ends += [begins[m] for m in under_way - flowing.keys()]
-        if not ends:
+        rate = max_min({m: (("out", head[m].src), ("in", head[m].dst)) for m in flowing}, bandwidth_Bps)
+        events = [now + left[m] / rate[m] for m in flowing] + [lands[m] for m in lands.keys() - arrived]
+        if not events:
             break
-        step_s = min(ends) - now
-        now = min(ends)
-        for m in flowing:
+        step_s = min(events) - now
+        now = min(events)
+        for m in sorted(flowing):
             left[m] -= rate[m] * step_s
             if left[m] <= 1e-9 * bandwidth_Bps * now:
-                arrived.update(message[m])
+                flowing.remove(m)
+                lands[m] = now + latency_s
+        arrived.update(m for m in lands if lands[m] <= now * (1 + 1e-12))
+        landed.update(i for m in arrived for i in message[m])
     return now
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from math import log2
+from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import pytest
 
 from distsim import exchanges, formulas
 from distsim.cli import main
+from distsim.cluster import ideal
 from distsim.commands import algorithms_data, algorithms_page
 from distsim.commands.algorithms_data import CHOSEN, OPTIONS, PARAGRAPHS, SOURCES
 from distsim.commands.algorithms_page import RANKS, Agreement, agreements
 from distsim.exchanges import ALGORITHMS
 from distsim.exchanges.spec import options_of
 from distsim.formulas import FORMULAS, NAMES, Formula
+from distsim.step import simulate
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "algorithms.md").read_text("utf-8")
 PAIRS = [(collective, strategy) for collective, known in ALGORITHMS.items() for strategy in known]
@@ -66,7 +68,7 @@ def test_disagreement_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     small_s = 6 * 5e-6 + 1.5 * 42_240 / 12.5e9
     assert one.differs == pytest.approx(5e-6 / small_s)  # 14 %
     row = algorithms_page._agreement_row(one)
-    assert row[2:4] == ("24 (formula: 25)", "26,400,000 (formula: 105,600,000)")
+    assert row[3:5] == ("24 (formula: 25)", "26,400,000 (formula: 105,600,000)")
     assert row[-1] == "< 1e0"
 
 
@@ -74,16 +76,18 @@ def test_disagreement_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_strategy_is_everywhere(collective: str, strategy: str, capsys: Capture) -> None:
     (section,) = re.findall(rf"^### {collective}: {strategy}\n(.*?)^##", PAGE, re.MULTILINE | re.DOTALL)
     formula = FORMULAS[collective][strategy]
-    assert f"- time: {formula.time_text()}, for {formula.holds_for()}\n" in section
+    posting = {"eager": "", "rounds": ", with rounds"}[formula.posting]
+    assert f"- time: {formula.time_text()}, for {formula.holds_for()}{posting}\n" in section
     assert f"- source: {SOURCES[strategy]}\n" in section
     for name in (*options_of(ALGORITHMS[collective][strategy]), "segments"):
         assert f"`{name}` (" in section
     (agreement,) = re.findall(rf"^### {collective}: agreement\n(.*?)(?:^##|\Z)", PAGE, re.MULTILINE | re.DOTALL)
     rows = [line.split(" | ") for line in agreement.splitlines() if line.startswith(f"| {strategy} | ")]
-    assert [int(row[1]) for row in rows] == list(RANKS)
+    assert [(int(row[1]), row[2]) for row in rows] == [(n, formula.posting) for n in RANKS]
     (block,) = (part for part in printed(capsys).split("\n\n") if part.startswith(f"{collective} "))
     (line,) = (line for line in block.splitlines() if line.startswith(f"{strategy} "))
-    assert formula.time_text() in line and line.endswith(formula.holds_for())
+    assert formula.time_text() in line
+    assert re.split(" {2,}", line)[-2:] == [formula.holds_for(), formula.posting]
 
 
 def test_texts_are_of_what_there_is() -> None:
@@ -168,6 +172,7 @@ def test_names_mean_what_the_page_says() -> None:
         assert NAMES["q"][0](n) == max(2**k for k in range(8) if 2**k <= n)
         assert NAMES["g"][0](n) == max(d for d in divisors if d <= 8)
         assert NAMES["C"][0](n) == n // max(d for d in divisors if d * d <= n)
+        assert NAMES["d"][0](n) == next(k for k in range(9) if 2**k >= n)
         assert NAMES["w"][0](n) == sum(format(number, "b").count("1") for number in range(n))
         # The binomial tree, from the root: a rank's children are it plus each power of two below its lowest one.
         served = {0: (0, 0)}
@@ -181,22 +186,45 @@ def test_names_mean_what_the_page_says() -> None:
         assert (NAMES["h"][0](n), NAMES["c"][0](n)) == last
 
 
-def test_segments_follow_each_other_only_in_rounds() -> None:
+def time_s(spec: str, collective: str, n: int, size: int, **settings: Any) -> float:
+    """Simulated seconds of float32 on the ideal switch of 5 us and 12.5 GB/s."""
+    return simulate(exchanges.build(spec, n, size // 4, collective), ideal(n), **settings).time_s
+
+
+def test_segments_follow_each_other() -> None:
     """What the page says of segments, and of the double tree and the chain with them."""
-    from distsim.cluster import ideal
-    from distsim.step import simulate
-
-    def time_s(spec: str, collective: str = "all-reduce", **settings: Any) -> float:
-        return simulate(exchanges.build(spec, 16, 2**28, collective), ideal(16), **settings).time_s
-
     array_s = 2**30 / 12.5e9
-    for spec, collective in (("double-tree", "all-reduce"), ("chain", "broadcast")):
-        whole_s = time_s(spec, collective)
-        assert time_s(f"{spec}:segments=64", collective) == pytest.approx(whole_s, rel=1e-3)
-        assert time_s(f"{spec}:segments=64", collective, posting="rounds") < whole_s / 2
-        assert time_s(f"{spec}:segments=64", collective, sharing="fifo") < whole_s * 0.8
-    assert time_s("ring") < time_s("double-tree:segments=64", posting="rounds") < 1.15 * time_s("ring")
-    assert array_s < time_s("chain:segments=256", "broadcast", posting="rounds") < 1.1 * array_s
+    for collective, spec in (("all-reduce", "double-tree"), ("broadcast", "chain"), ("reduce", "chain")):
+        whole_s = time_s(spec, collective, 16, 2**30)
+        for posting in ("eager", "rounds"):
+            assert time_s(f"{spec}:segments=64", collective, 16, 2**30, posting=posting) < whole_s / 3
+        assert time_s(f"{spec}:segments=64", collective, 16, 2**30, sharing="fifo") < whole_s * 0.6
+    ring_s = time_s("ring", "all-reduce", 16, 2**30)
+    assert time_s("double-tree:segments=64", "all-reduce", 16, 2**30) == pytest.approx(1.2 * ring_s, rel=0.02)
+    assert time_s("double-tree:segments=8", "all-reduce", 64, 2**20) < time_s("ring", "all-reduce", 64, 2**20) / 2
+    for collective in ("broadcast", "reduce"):
+        for n, k in ((3, 2), (5, 16), (16, 64), (16, 256)):
+            wanted_s = (n - 1) * 5e-6 + (n - 2 + k) / k * array_s
+            assert time_s(f"chain:segments={k}", collective, n, 2**30) == pytest.approx(wanted_s, rel=1e-9)
+    assert array_s < time_s("chain:segments=256", "broadcast", 16, 2**30) < 1.1 * array_s
+
+
+def test_rounds_are_those_of_textbooks() -> None:
+    """A binomial broadcast in rounds, and what the page says of eager messages that meet."""
+    size = 64 * 2**20
+    for n in (2, 3, 4, 8, 13, 16):
+        wanted_s = ceil(log2(n)) * (5e-6 + size / 12.5e9)
+        assert time_s("tree", "broadcast", n, size, posting="rounds") == pytest.approx(wanted_s, rel=1e-9)
+    longest = {
+        ("reduce-scatter", "hierarchical", 9): 9 / 8,
+        ("reduce-scatter", "torus", 4): 4 / 3,
+        ("all-gather", "hierarchical", 128): 1.84,
+        ("all-gather", "torus", 4): 4 / 3,
+    }
+    for (collective, strategy, n), most in longest.items():
+        in_rounds_s = time_s(strategy, collective, n, 2**28 * 9, posting="rounds")
+        longer = time_s(strategy, collective, n, 2**28 * 9) / in_rounds_s
+        assert 0.98 * most < longer < most
 
 
 def test_the_figures_beside_store_and_forward() -> None:

@@ -16,7 +16,7 @@ import pytest
 import test_readme
 
 import distsim
-from distsim import api, exchanges
+from distsim import api, critical, exchanges
 from distsim.cli import main
 from distsim.cluster import load
 from distsim.errors import ConfigError
@@ -44,7 +44,7 @@ def test_simulate_is_the_command(strategy: str, cluster: str | None, capsys: Cap
     values = command(capsys, f"exchange {strategy} --ranks 6 --params 262144 {where} --dtype float16")
     for array in ({"params": 2**18}, {"size": "512 KiB"}, {"size": 2**19}, {"size": 2**19 + 1}):
         result = distsim.simulate(strategy, ranks=6, cluster=cluster, dtype="float16", **array)
-        assert as_json(result.values()) == values
+        assert as_json({**result.values(), **critical.as_values(result.simulation)}) == values
     given = api.find_cluster(cluster, 7)
     assert distsim.simulate(strategy, ranks=6, cluster=given, params=2**18, dtype="float16").time_s == values["time_s"]
 

@@ -237,8 +237,9 @@ def test_times_are_those_of_the_formulas(collective: str, strategy: str, n: int)
     """On an ideal switch. Parts are of one size; times between the bounds are then those of the literature."""
     params = 3600 * 16
     place = clusters.ideal(n + 1)
-    result = simulate(exchanges.build(strategy, n, params, collective), place, sharing="fair")
     formula = FORMULAS[collective][strategy]
+    exchange = exchanges.build(strategy, n, params, collective)
+    result = simulate(exchange, place, sharing="fair", posting=formula.posting)
     assert result.traffic.messages == formula.messages(n)
     assert max(result.traffic.message_sizes) == 4 * formula.largest_elements(n, params)
     time_s = formula.time_s(n, 4.0 * params, 5e-6, 12.5e9)

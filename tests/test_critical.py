@@ -20,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from made_clusters import KINDS, cluster, flat, link, some_clusters
 
-from distsim import critical, engine, exchanges
+from distsim import chain, critical, engine, exchanges
 from distsim.cli import main
 from distsim.cluster import Cluster, ideal, load
 from distsim.lower import Posting
@@ -127,8 +127,8 @@ def test_nothing_takes_time_for_one_rank() -> None:
 
 def test_ties_are_resolved_by_the_lowest_number() -> None:
     tasks = graph([1, 1, 1, 1, 1], [[0], [1], [2], [3], [4]], [(2, 3), (0, 3), (1, 3), (2, 4), (1, 4)])
-    assert critical.path(tasks, engine.run(tasks)) == [0, 3]
-    assert critical.path(graph([], []), engine.run(graph([], []))) == []
+    assert chain.path(tasks, engine.run(tasks)) == [0, 3]
+    assert chain.path(graph([], []), engine.run(graph([], []))) == []
 
 
 @st.composite
@@ -156,17 +156,24 @@ def test_every_second_of_a_path_without_gaps_is_accounted_for(result: Simulation
     assert all(segment.seconds > 0 for segment in segments)
     if not tasks.tasks:
         return
-    path = critical.path(tasks, timeline)
+    path = chain.path(tasks, timeline)
     assert timeline.finish_s[path[-1]] == result.time_s and tasks.waits[path[0]] == 0
-    before = defaultdict(list)
+    until: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
     for task in range(tasks.tasks):
         for waiter in waiters_of(tasks, task):
-            before[waiter].append(task)
+            until[waiter].append((float(timeline.finish_s[task]), task))
+    for task in np.flatnonzero(tasks.next_in_line >= 0).tolist():  # the next in line does not wait for the latency
+        let_go_s = timeline.finish_s[task] - tasks.routes.latency_s[tasks.route[task]]
+        until[int(tasks.next_in_line[task])].append((float(let_go_s), task))
     for earlier, later in pairwise(path):
-        last = max(timeline.finish_s[task] for task in before[later])
-        same = [task for task in before[later] if timeline.finish_s[task] == last]
-        assert earlier == min(same)
-    messages = [task for task in path if task < len(tasks.amount) and tasks.route[task] < _messages_end(result)]
+        last = max(time for time, _ in until[later])
+        assert earlier == min(task for time, task in until[later] if time == last)
+    unseen = {task for task, after in pairwise(path) if timeline.start_s[after] < timeline.finish_s[task]}
+    messages = [
+        task
+        for task in path
+        if task < len(tasks.amount) and tasks.route[task] < _messages_end(result) and task not in unseen
+    ]
     latency = sum(float(tasks.routes.latency_s[tasks.route[task]]) for task in messages)
     assert by_cause(result).get("latency", 0.0) == pytest.approx(latency, rel=1e-9, abs=1e-18)
     held = [_alone_s(result, task) for task in path if task < len(tasks.amount)]
@@ -281,10 +288,10 @@ def test_many_tasks_are_compiled_to_the_same_path() -> None:
         for waiter in waiters_of(tasks, task):
             if last[waiter] < 0 or timeline.finish_s[task] > timeline.finish_s[last[waiter]]:
                 last[waiter] = task
-    chain = [int(np.argmax(timeline.finish_s))]
-    while last[chain[0]] >= 0:
-        chain.insert(0, int(last[chain[0]]))
-    assert tasks.tasks + len(tasks.following) > 20_000 and critical.path(tasks, timeline) == chain
+    wanted = [int(np.argmax(timeline.finish_s))]
+    while last[wanted[0]] >= 0:
+        wanted.insert(0, int(last[wanted[0]]))
+    assert tasks.tasks + len(tasks.following) > 20_000 and chain.path(tasks, timeline) == wanted
 
 
 @pytest.mark.parametrize(("slowdown", "alike"), [(1.3, [0, 10]), (1.0005, [11])])

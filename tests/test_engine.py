@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distsim import engine
+from distsim.chain import longest_chain_s
 from distsim.compiled import COMPILE_FROM, call
-from distsim.engine import Timeline, longest_chain_s, queued, run
+from distsim.engine import Timeline, queued, run
 from distsim.errors import DeadlockError
 from distsim.taskgraph import Edges, TaskGraph
 

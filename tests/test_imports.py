@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"units", "errors", "files", "compiled", "places", "version", "tables"}),
     frozenset({"yamlfile", "topologies", "routing", "validation", "clusterfile", "overrides", "cluster"})
     | frozenset({"collectives", "schedule", "dependencies", "messages", "traffic"}),
-    frozenset({"check", "bounds", "exchanges", "formulas", "loop", "taskgraph", "engine"}),
+    frozenset({"check", "bounds", "exchanges", "formulas", "loop", "taskgraph", "engine", "chain"}),
     frozenset({"network", "symmetry", "lower", "failure", "step"}),
     frozenset({"critical", "trace", "record", "diff"}),
     frozenset({"api", "sweeps", "journal", "executors"}),

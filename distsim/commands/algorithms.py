@@ -44,8 +44,8 @@ def _tables() -> str:
     """Return the tables for a terminal."""
     from distsim.tables import table
 
-    headers = ("messages", "largest", "latencies", "arrays", "time", "holds for")
-    keys = ("messages", "largest_message", "latencies", "arrays", "time", "time_holds_for")
+    headers = ("messages", "largest", "latencies", "arrays", "time", "holds for", "posting")
+    keys = ("messages", "largest_message", "latencies", "arrays", "time", "time_holds_for", "posting")
     parts = [SYMBOLS]
     for collective, known in exchanges.ALGORITHMS.items():
         each = [values(collective, strategy) for strategy in known]

@@ -41,8 +41,7 @@ OPTIONS = {
     "placement": "servers are ranks of their own, or among the workers",
     "radix": "a rank of a full tree has radix - 1 children on each level below it",
     "rows": "rows of the torus",
-    "segments": "pieces of each chunk; they follow each other with `--posting rounds` or `--sharing fifo`, but "
-    "otherwise share links fairly and arrive together, which gains nothing",
+    "segments": "pieces of each chunk, which follow each other: a rank passes one on while the next comes in",
     "servers": "each keeps an equal share of the parameters",
 }
 """What options mean, each the same wherever it occurs."""
@@ -52,8 +51,14 @@ CHOSEN = {"node": "largest divisor of n up to 8", "rows": "largest divisor of n 
 
 _SERVES_ALL = (
     "A rank sends to all of its children at once over its one link, so that times add up down the tree: textbooks, "
-    "where a rank serves one child after another, have log2(n) (a + S/B)."
+    "where a rank serves one child after another, have log2(n) (a + S/B), and so has `--posting rounds`."
 )
+
+
+def _meet(longer: str) -> str:
+    """Return how much longer a large array takes where messages of the two levels are not kept apart."""
+    return f"Eager messages of both levels meet on the ideal switch, and large arrays take {longer} in rounds."
+
 
 PARAGRAPHS: dict[str, dict[str, str]] = {
     "all-reduce": {
@@ -65,9 +70,10 @@ PARAGRAPHS: dict[str, dict[str, str]] = {
         "small arrays. Best inside a node with a switch; every pair of ranks talks at once, which networks between "
         "nodes rarely carry.",
         "double-tree": "Two binary trees carry half of the array each, up to the root and down again; no rank has "
-        "children in both. Made for segments that follow each other (`double-tree:segments=64` with `--posting "
-        "rounds`): then all links are busy, and middle and large arrays take little longer than in a ring, or less. "
-        "Without them a rank waits for whole halves.",
+        "children in both. Made for segments, which follow each other: then all links are busy. "
+        "With `double-tree:segments=64`, 1 GiB takes 16 ranks a fifth longer than a ring; with "
+        "`double-tree:segments=8`, 1 MiB takes 64 ranks less than half as long. Without them a rank waits for whole "
+        "halves.",
         "halving-doubling": "In round k, ranks r and r xor 2^k exchange half of what they still sum; then all gather "
         "by the same way back. The ring's bytes in log2(n) rounds each way: the first choice for middle and large "
         "arrays where n is a power of two. Otherwise the ranks beyond it hand their whole array to a neighbour "
@@ -85,7 +91,7 @@ PARAGRAPHS: dict[str, dict[str, str]] = {
         "ring": "Parts of the array go around a ring twice, to be summed and to be shared. Every rank sends the least "
         "that any all-reduce can and talks to one neighbour only: best for large arrays, on any network. Its "
         "2(n-1) latencies make it slow for small arrays among many ranks. `channels` uses several network "
-        "adapters of a node.",
+        "adapters of a node; one ring sends while messages of others are under way.",
         "torus": "Reduce-scatter along rows, all-reduce along columns, all-gather along rows, all around rings. The "
         "ring's bytes with about 4 sqrt(n) latencies in place of 2n; every rank talks to its neighbours in row and "
         "column alone. For grids and tori, and for large arrays among many ranks.",
@@ -98,10 +104,11 @@ PARAGRAPHS: dict[str, dict[str, str]] = {
         "halving-doubling": "Ranks exchange half of what they still sum, farthest first. The least bytes in log2(n) "
         "rounds where n is a power of two.",
         "hierarchical": "Inside nodes everybody sends the parts of each place to the rank at that place; then rings "
-        "across nodes. For clusters of nodes with fast links inside.",
+        "across nodes. For clusters of nodes with fast links inside. " + _meet("up to an eighth longer than"),
         "ring": "Part c starts behind rank c and is summed on its way around the ring. The least bytes, and one "
         "neighbour only: for large arrays, on any network.",
-        "torus": "Rings along rows, then along columns: the least bytes, with fewer latencies than one ring.",
+        "torus": "Rings along rows, then along columns: the least bytes, with fewer latencies than one ring. "
+        + _meet("up to a third longer than"),
     },
     "all-gather": {
         "direct": "Every rank sends its part to everybody. One latency and the least bytes: best where the network "
@@ -109,24 +116,24 @@ PARAGRAPHS: dict[str, dict[str, str]] = {
         "halving-doubling": "Ranks exchange all that they have, nearest first, so that it doubles each time. The "
         "least bytes in log2(n) rounds where n is a power of two.",
         "hierarchical": "Rings across nodes; whatever arrives goes to all ranks of the node at once, while the rings "
-        "go on. For clusters of nodes with fast links inside.",
+        "go on. For clusters of nodes with fast links inside. " + _meet("up to nearly twice as long as"),
         "ring": "Every rank's part goes around the ring. The least bytes, and one neighbour only: for large arrays, on "
         "any network.",
         "torus": "Rings along columns, and what arrives goes on along the row at once: the least bytes, with fewer "
-        "latencies than one ring.",
+        "latencies than one ring. " + _meet("up to a third longer than"),
     },
     "broadcast": {
-        "chain": "Rank 0 sends to rank 1, it to rank 2, and so on. With hundreds of segments that "
-        "follow each other (`--posting rounds`) large arrays need little more than S/B, however many ranks there "
-        "are. Without them it is the slowest for more than a few ranks.",
+        "chain": "Rank 0 sends to rank 1, it to rank 2, and so on. With k segments, which follow each "
+        "other, it takes (n-1) a + (n-2+k)/k S/B: with hundreds, large arrays need little more than S/B, however many "
+        "ranks there are. Without them it is the slowest for more than a few ranks.",
         "direct": "Rank 0 sends part c to rank c, and every rank sends its part to all. Two latencies and less than "
-        "three times S/B: best for large arrays where the network carries all pairs of ranks at once.",
+        "twice S/B: best for large arrays where the network carries all pairs of ranks at once.",
         "tree": "Ranks that have the array pass it on to their subtrees, a binomial tree. For small arrays among many "
         "ranks. " + _SERVES_ALL,
     },
     "reduce": {
         "chain": "The last rank sends to the one before, which adds and sends on, down to rank 0. For large "
-        "arrays with many segments that follow each other, as the broadcast.",
+        "arrays with many segments, as the broadcast.",
         "direct": "Every rank sends part c of its array to rank c, which sums and sends the sum to rank 0. Two "
         "latencies and less than twice S/B: best for large arrays where the network carries all pairs at once.",
         "tree": "Ranks add what their children in a binomial tree send, and pass the sum on to their parent. For small "
@@ -186,6 +193,7 @@ def values(collective: str, strategy: str) -> dict[str, Any]:
         "arrays": formulas.shown(formula.arrays),
         "time": formula.time_text(),
         "time_holds_for": formula.holds_for(),
+        "posting": formula.posting,
         "options": options_table(collective, strategy),
         "description": PARAGRAPHS[collective][strategy],
         "source": SOURCES[strategy],

@@ -32,9 +32,14 @@ page is not what the command prints.
 The model is that of Hockney: a message alone takes a latency a, plus its bytes over a bandwidth B. The formulas are
 those of default options on an ideal switch: every device has one link in and one out, and the switch never limits.
 A message holds its whole route at once (cut-through: it is not stored and forwarded at each hop), messages that
-meet on a link share it max-min fairly, additions are free, and every message goes as soon as what it carries is
-there, whatever round it belongs to. A real network limits more: `distsim compare --ranks 16 --size 16MiB --cluster
-h100_2x8_ndr` simulates all strategies there, and `distsim exchange auto` takes the fastest.
+meet on a link share it max-min fairly, but those of one rank to another go one after another, as on a connection,
+and additions are free. A real network limits more: `distsim compare --ranks 16 --size 16MiB --cluster h100_2x8_ndr`
+simulates all strategies there, and `distsim exchange auto` takes the fastest.
+
+Ranks hand over their messages in one of two ways, the option `--posting`. *Eager*, the default: each message as soon
+as what it carries is there, whatever round it belongs to. *Rounds*: a message of a step only once all that its sender
+and its receiver send and receive in their steps before is over, as in the synchronous rounds of textbooks. Some
+formulas hold only with rounds, because eager messages of different rounds meet on a link; they say so.
 
 n ranks exchange p elements, or S bytes. *Latencies* is the factor of a, *arrays* that of S/B: how often the bytes
 of the whole array cross a link one after another; the time is latencies a + arrays S/B. Further,
@@ -77,7 +82,8 @@ def agreements(among: Sequence[int] = RANKS) -> Iterator[Agreement]:
             cluster = ideal(exchanges.ranks_of(strategy, n, collective))
             times: list[tuple[float | None, float]] = []
             for p in (SMALL, LARGE):
-                result = simulate(exchanges.build(strategy, n, p, collective), cluster, DTYPE)
+                exchange = exchanges.build(strategy, n, p, collective)
+                result = simulate(exchange, cluster, DTYPE, posting=formula.posting)
                 times.append((formula.time_s(n, p * itemsize, a_s, B_Bps), result.time_s))
             yield Agreement(
                 collective=collective,
@@ -115,7 +121,7 @@ def _section(collective: str, strategy: str) -> str:
         "",
         f"- messages: {one['messages']}; the largest has {one['largest_message']} elements",
         f"- latencies: {one['latencies']}; arrays: {one['arrays']}",
-        f"- time: {one['time']}, for {one['time_holds_for']}",
+        f"- time: {one['time']}, for {one['time_holds_for']}{', with rounds' if one['posting'] == 'rounds' else ''}",
         f"- options (type; default): {given}",
         f"- source: {one['source']}",
     ]
@@ -154,21 +160,23 @@ def _agreement() -> str:
         f"Every strategy, simulated on the ideal switch ({IDEAL_LATENCY}, {IDEAL_BANDWIDTH}; a server is one device "
         f"more), for a small array of {bytes_[0]} and a large one of {bytes_[1]}, which all numbers of ranks below "
         "divide. Messages and the elements of the largest one, of the large array, are those that were counted; where "
-        "a formula says otherwise, it stands beside them. Times are simulated, and none that has a formula differs "
-        f"from it by a fraction of {_power_above(worst)} or more. Where there is no closed form, it is simulated only."
+        "a formula says otherwise, it stands beside them. Times are simulated, with the posting with which the formula "
+        f"holds, and none that has a formula differs from it by a fraction of {_power_above(worst)} or more. Where "
+        "there is no closed form, it is simulated only."
     )
     parts = ["## Formulas and simulations", _wrapped(what)]
     for collective in exchanges.ALGORITHMS:
         rows = [_agreement_row(one) for one in found if one.collective == collective]
-        headers = ("n", "messages", "largest", "small", "large", "formula and simulation differ by")
+        headers = ("n", "posting", "messages", "largest", "small", "large", "formula and simulation differ by")
         parts += [f"### {collective}: agreement", _table(("strategy", *headers), rows)]
     return "\n\n".join(parts)
 
 
 def _agreement_row(one: Agreement) -> tuple[str, ...]:
+    posting = formulas.FORMULAS[one.collective][one.strategy].posting
     difference = "no closed form: simulated only" if one.differs is None else f"< {_power_above(one.differs)}"
     return (
-        *(one.strategy, str(one.n), _both(*one.messages), _both(*one.largest)),
+        *(one.strategy, str(one.n), posting, _both(*one.messages), _both(*one.largest)),
         *(_time(one.small_s[1]), _time(one.large_s[1]), difference),
     )
 

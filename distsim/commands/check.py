@@ -27,16 +27,16 @@ def run(flags: argparse.Namespace) -> int:
     params = flags.params if flags.params is not None else 2 * flags.ranks + 1
     exchange = exchanges.build(flags.strategy, flags.ranks, params, flags.collective)
     check(exchange)
-    transfers = sum(schedule.rows for schedule in exchange.schedules())
+    messages = sum(schedule.messages().count for schedule in exchange.schedules())
     if flags.json:
-        values = {"strategy": exchange.strategy, "ranks": flags.ranks, "params": params, "messages": transfers}
+        values = {"strategy": exchange.strategy, "ranks": flags.ranks, "params": params, "messages": messages}
         print(json.dumps({**values, "proven": True, "digest": exchange.digest()}, indent=1))
         return 0
     print(f"{exchange.strategy}, {flags.ranks} ranks, {params:,} parameters: proven")
     if flags.collective == options.ALL_REDUCE:
-        print(f"  {transfers:,} transfers; every rank ends with every contribution exactly once,")
+        print(f"  {messages:,} messages; every rank ends with every contribution exactly once,")
         print("  and all ranks sum in the same order, so they agree to the bit")
     else:
-        print(f"  {transfers:,} transfers; they do what {flags.collective} promises")
+        print(f"  {messages:,} messages; they do what {flags.collective} promises")
     print(f"  digest {exchange.digest()}")
     return 0

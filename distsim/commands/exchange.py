@@ -55,6 +55,7 @@ def run(flags: argparse.Namespace) -> int:
         if getattr(flags, flag) is not None and sizes is not None and len(sizes) > 1:
             raise ConfigError(f"--{flag} takes one exchange, but --sizes has {len(sizes)}; give one size or --params")
     fail = _rank_and_step(flags.fail)
+    flags.whole = flags.whole or not flags.record == flags.trace == flags.fail  # they want every message
 
     results: list[Result] = []
     csv_to_screen = flags.csv == "-"
@@ -87,7 +88,6 @@ def run(flags: argparse.Namespace) -> int:
         pass
     elif sizes is None:
         print(results[0])
-        print(f"\n{critical.explain(results[0].simulation)}")
     else:
         average = "none, nothing is sent" if average_Bps is None else f"{average_Bps / 1e9:.2f} GB/s"
         print(f"# Avg bus bandwidth: {average}")
