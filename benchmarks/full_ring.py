@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from benchmarks.report import Table, spread, table_of, timed
+from distsim.allocator import keep_freed_memory
 from distsim.errors import DistsimError
 from distsim.units import format_bytes
 
@@ -72,6 +73,7 @@ def child(ranks: int) -> dict[str, Any]:
     """
     parts: dict[str, list[float]] = {}
     timed(parts, "import", importlib.import_module, "distsim.step")
+    keep_freed_memory()  # as the command line does
     from benchmarks import cases
     from distsim import bounds, chain, engine
     from distsim.check import check

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from distsim.allocator import keep_freed_memory
 from distsim.commands import algorithms, check, clusters, compare, diff, exchange, sweep
 from distsim.errors import ConfigError, DistsimError
 from distsim.version import __version__
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 where a comparison fails, 2 for a user's mistake."""
+    if argv is None:  # a program of its own, and not a part of somebody else's
+        keep_freed_memory()
     try:
         try:
             flags = _parser().parse_args(argv)

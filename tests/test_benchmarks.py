@@ -44,7 +44,7 @@ def test_all_run_and_say_where_when_and_with_what() -> None:
     ):
         assert key in machine
     titles = [table["title"] for table in printed["tables"]]
-    assert len(titles) == len(set(titles)) == 5  # speed has two
+    assert len(titles) == len(set(titles)) == 7  # speed and symmetry have two
     for table in printed["tables"]:
         assert table["included"]
         lengths = {len(values) for values in table["columns"].values()}

@@ -20,7 +20,7 @@ HOUSE = ("distsim", "trainers", "analysis", "benchmarks", "cluster_configs")
 
 # distsim's modules and subpackages, lowest layer first; a module imports from its own layer and lower ones.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"units", "errors", "files", "compiled", "places", "version", "tables"}),
+    frozenset({"units", "errors", "files", "compiled", "allocator", "places", "version", "tables"}),
     frozenset({"yamlfile", "topologies", "routing", "validation", "clusterfile", "overrides", "cluster"})
     | frozenset({"collectives", "schedule", "dependencies", "messages", "traffic"}),
     frozenset({"check", "bounds", "exchanges", "formulas", "loop", "taskgraph", "engine", "chain"}),

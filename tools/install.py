@@ -19,7 +19,7 @@ STAMP = Path(sys.prefix) / ".distsim-installed"
 CONSTRAINTS = ROOT / "constraints.txt"
 
 # Sizes in MB (1e6 bytes) of the wheels pinned in constraints.txt, for Linux x86-64 and Python 3.11.
-TORCH_CPU_MB, TORCH_CUDA_MB, RAY_MB, REST_MB = 192, 2730, 79, 153
+TORCH_CPU_MB, TORCH_CUDA_MB, RAY_MB, REST_MB = 192, 2730, 79, 208
 
 NO_CPU_BUILD = f"""
 pip finds no CPU build of torch where it is set to look. Taking the plain build instead, which brings CUDA
