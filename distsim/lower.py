@@ -94,8 +94,8 @@ def lower(
     Updates take no time; they keep a rank's parameters from being shared before all of its gradients are in.
 
     `posting` says when a rank hands its transfers over: `eager`, as soon as what they depend on is there;
-    `rounds`, those of a step only when all that it sent and received in earlier steps is over, as where every
-    step is one group of calls on a stream. `plans` are the schedules' dependencies, where they are known already.
+    `rounds`, those of a step only when sender and receiver are over with all that they sent and received in earlier
+    steps, as where every step is one group of calls on a stream. `plans` are the schedules' dependencies, where they are known already.
     """
     net = network(exchange.schedules(), cluster, sharing)
     if plans is None:
