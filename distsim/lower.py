@@ -95,7 +95,8 @@ def lower(
 
     `posting` says when a rank hands its transfers over: `eager`, as soon as what they depend on is there;
     `rounds`, those of a step only when sender and receiver are over with all that they sent and received in earlier
-    steps, as where every step is one group of calls on a stream. `plans` are the schedules' dependencies, where they are known already.
+    steps, as where every step is one group of calls on a stream. `plans` are the schedules' dependencies, where they
+    are known already.
     """
     net = network(exchange.schedules(), cluster, sharing)
     if plans is None:

@@ -24,6 +24,8 @@ SYMMETRIC_FROM = 512
 
 TELL_FROM = 2_000_000
 """Transfers that take a second or more."""
+CROWD = 10_000
+"""Messages at once whose sharing can take seconds or more: each that ends may change the rates of all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -153,6 +155,8 @@ def simulate_strategy(
     rows = sum(schedule.rows for schedule in exchange.schedules())
     if rows > TELL_FROM:
         tell(f"checking and simulating {rows:,} transfers{why} ...")
+    elif (at_once := int((exchange.gradients.step == 0).sum())) > CROWD:
+        tell(f"{at_once:,} messages at once: where their links differ, sharing them can take minutes ...")
     return simulate(exchange, cluster, dtype, sharing=sharing, posting=posting)
 
 

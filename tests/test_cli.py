@@ -336,3 +336,12 @@ def test_a_large_simulation_says_what_it_does_on_stderr(capsys: Capture) -> None
     out, err = capsys.readouterr()
     assert json.loads(out)["messages"] == 1024 * 2 * 1023
     assert err == "distsim: ring: checking and simulating 2,095,104 transfers ...\n"
+
+
+def test_a_crowd_is_announced_on_stderr(capsys: Capture) -> None:
+    assert main(["exchange", "direct", "--ranks", "102", "--params", "102", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["messages"] == 2 * 102 * 101
+    assert err == (
+        "distsim: direct: 10,302 messages at once: where their links differ, sharing them can take minutes ...\n"
+    )
