@@ -18,6 +18,7 @@ import numpy as np
 from distsim import collectives, critical, exchanges, record, step
 from distsim.cluster import Cluster, ideal, load
 from distsim.errors import ConfigError, nearest
+from distsim.lower import Posting
 from distsim.schedule import ITEMSIZE
 from distsim.step import Simulation
 from distsim.tables import table
@@ -30,7 +31,7 @@ IDEAL = "ideal"
 
 TYPES: Mapping[str, type] = {
     **{"strategy": str, "ranks": int, "params": int, "size_bytes": int, "dtype": str, "collective": str},
-    **{"cluster": str, "sharing": str, "messages": int, "bytes": int, "time_s": float},
+    **{"cluster": str, "sharing": str, "posting": str, "messages": int, "bytes": int, "time_s": float},
     **{"latency_bound_s": float, "bandwidth_bound_s": float, "any_algorithm_bound_s": float},
     **{"algbw_Bps": float, "busbw_Bps": float, "peak_staging_bytes": int},
 }
@@ -70,6 +71,7 @@ class Result:
             "cluster": cluster.name,
             "cluster_title": cluster.title,
             "sharing": cluster.sharing,
+            "posting": simulation.posting,
             "messages": traffic.messages,
             "message_sizes": traffic.message_sizes,
             "bytes": traffic.bytes,
@@ -217,8 +219,6 @@ def simulate(
         return Result(simulation=fastest.simulation, candidates={**times, **misfits})
     count = elements(size, params, dtype)
     where = with_sharing(find_cluster(cluster, exchanges.ranks_of(strategy, ranks, collective)), sharing)
-    if posting not in ("eager", "rounds"):
-        raise ConfigError(f"unknown posting {posting!r}{nearest(posting, ('eager', 'rounds'))}")
     simulation = step.simulate_strategy(
         strategy,
         ranks,
@@ -226,7 +226,7 @@ def simulate(
         where,
         dtype,
         collective=collective,
-        posting="rounds" if posting == "rounds" else "eager",
+        posting=known_posting(posting),
         whole=whole,
         tell=lambda text: print(f"distsim: {strategy}: {text}", file=sys.stderr),
     )
@@ -318,6 +318,16 @@ def with_sharing(cluster: Cluster, sharing: str | None) -> Cluster:
     if sharing not in ("fair", "fifo"):
         raise ConfigError(f"unknown sharing {sharing!r}{nearest(sharing, ('fair', 'fifo'))}")
     return replace(cluster, sharing="fair" if sharing == "fair" else "fifo")
+
+
+def known_posting(posting: str) -> Posting:
+    """Return when ranks hand over their messages, as `lower` takes it.
+
+    Raises: ConfigError for an unknown way.
+    """
+    if posting not in ("eager", "rounds"):
+        raise ConfigError(f"unknown posting {posting!r}{nearest(posting, ('eager', 'rounds'))}")
+    return "rounds" if posting == "rounds" else "eager"
 
 
 def bandwidth(Bps: float | None) -> str:

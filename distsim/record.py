@@ -147,7 +147,12 @@ def from_simulation(simulation: Simulation) -> RunRecord:
         totals=Totals.of(simulation.traffic),
         exchange_time_s=[simulation.time_s],
         spans=spans,
-        configuration={"cluster": simulation.cluster.name, "cluster_title": simulation.cluster.title},
+        configuration={
+            "cluster": simulation.cluster.name,
+            "cluster_title": simulation.cluster.title,
+            "sharing": simulation.cluster.sharing,
+            "posting": simulation.posting,
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class Simulation:
     """The longest chain of latencies of this schedule on this cluster."""
     any_algorithm_bound_s: float
     """What every algorithm needs at least on this cluster."""
+    posting: Posting = "eager"
+    """When ranks handed over their transfers; how links were shared is the cluster's `sharing`."""
     copies: int = 1
     """By symmetry: how many transfers each simulated one stands for. Counts, times and bounds are those of all."""
 
@@ -99,9 +101,10 @@ def simulate(
     """
     fits(exchange.strategy, exchange.workers, exchange.ranks, cluster)
     itemsize = _itemsize(dtype)
+    cluster = _shared(cluster, sharing)
     plans = [dependencies(schedule) for schedule in exchange.schedules()]
     check(exchange, plans=plans)
-    lowered = lower(exchange, cluster, itemsize, sharing=sharing, posting=posting, plans=plans)
+    lowered = lower(exchange, cluster, itemsize, posting=posting, plans=plans)
     if fail is not None:
         failure.survive(exchange, lowered, *fail)
     traffic = exchange.traffic(itemsize)
@@ -116,6 +119,7 @@ def simulate(
             traffic=traffic,
             link_load_s=bounds.link_load_s(traffic, cluster),
             any_algorithm_bound_s=bounds.any_algorithm_s(exchange, itemsize, cluster),
+            posting=posting,
         )
     )
 
@@ -177,6 +181,7 @@ def simulate_representatives(
     """
     fits(strategy, workers, workers, cluster)
     itemsize = _itemsize(dtype)
+    cluster = _shared(cluster, sharing)
     proven = prove(strategy, workers, params, cluster, collective)
     exchange = Exchange(
         strategy=str(exchanges.parse(strategy, collective)),
@@ -184,7 +189,7 @@ def simulate_representatives(
         gradients=proven.schedule,
         collective=collective,
     )
-    net = quotient(network(exchange.schedules(), cluster, sharing), proven)
+    net = quotient(network(exchange.schedules(), cluster), proven)
     waits = dependencies(proven.schedule, proven.landings)
     lowered = assemble(exchange, net, [waits], itemsize, posting)
     timeline = engine.run(lowered.graph)
@@ -204,9 +209,15 @@ def simulate_representatives(
             any_algorithm_bound_s=bounds.any_algorithm_s(
                 exchange, itemsize, cluster, proven.group.representatives(), proven.chunk_like()
             ),
+            posting=posting,
             copies=proven.group.copies,
         )
     )
+
+
+def _shared(cluster: Cluster, sharing: Sharing | None) -> Cluster:
+    """Return the cluster with its links shared in another way, so that results say which; None leaves it as it is."""
+    return cluster if sharing is None else replace(cluster, sharing=sharing)
 
 
 def _itemsize(dtype: str) -> int:

@@ -51,6 +51,7 @@ class Point:
     dtype: str
     collective: str
     sharing: str | None
+    posting: str
 
     def key(self) -> str:
         """Return what the journal knows the point by: a digest of all of it, and of distsim itself."""
@@ -93,6 +94,7 @@ def grid(
     dtype: str = "float32",
     collective: str = "all-reduce",
     sharing: str | None = None,
+    posting: str = "eager",
 ) -> list[Point]:
     """Return the points of a grid: the last of clusters, strategies, ranks and sizes varies fastest.
 
@@ -108,6 +110,7 @@ def grid(
         if count < 1:
             raise ConfigError(f"ranks must be at least 1, not {count}")
     api.elements(0, None, dtype)
+    api.known_posting(posting)
     texts = {name: _yaml(name) for name in clusters}
     for name, text in texts.items():
         api.with_sharing(_parsed(name, text) if text else api.find_cluster(None, 1), sharing)
@@ -121,6 +124,7 @@ def grid(
             dtype=dtype,
             collective=collective,
             sharing=sharing,
+            posting=posting,
         )
         for cluster, strategy, count, size in product(clusters, strategies, ranks, sizes_bytes)
     ]
@@ -152,6 +156,7 @@ def simulate_point(point: Point) -> Row:
             dtype=point.dtype,
             collective=point.collective,
             sharing=point.sharing,
+            posting=point.posting,
         )
     except ConfigError as error:
         found: Row = {"error": str(error)}
@@ -268,6 +273,7 @@ def sweep(
     dtype: str = "float32",
     collective: str = "all-reduce",
     sharing: str | None = None,
+    posting: str = "eager",
     out: str | Path | None = None,
     jobs: int | None = None,
     executor: Executor | None = None,
@@ -289,6 +295,7 @@ def sweep(
         dtype=dtype,
         collective=collective,
         sharing=sharing,
+        posting=posting,
     )
 
     def start(missing: int) -> AbstractContextManager[Executor]:

@@ -22,7 +22,7 @@ KEYS_OF_THE_ISSUE = {
 }
 KEYS = KEYS_OF_THE_ISSUE | {
     *("dtype", "cluster", "cluster_title", "any_algorithm_bound_s", "peak_staging_bytes"),
-    *("size_bytes", "collective", "sharing"),
+    *("size_bytes", "collective", "sharing", "posting"),
 }
 Capture = pytest.CaptureFixture[str]
 

@@ -114,7 +114,7 @@ def test_rows_are_those_of_four_loops(whole: bytes) -> None:
     assert next(rows, None) is None
 
 
-asked_or_error = {"cluster", "strategy", "ranks", "size_bytes", "dtype", "collective", "sharing", "error"}
+asked_or_error = {"cluster", "strategy", "ranks", "size_bytes", "dtype", "collective", "sharing", "posting", "error"}
 
 
 def test_any_executor_gives_the_same_bytes(whole: bytes, tmp_path: Path) -> None:

@@ -101,8 +101,11 @@ def test_representatives_give_what_all_give(name: str, strategy: str, costs: str
     try:
         part = simulate_representatives(strategy, 16, 16 * 6 * 100, place)
     except Asymmetric as reason:
-        assert not proven(name, strategy) or ("turn" in str(reason) and costs), reason
+        # Where hosts and processors take time, only what hands over and adds one thing at a time never stands in line.
+        in_line = costs and strategy not in ("ring", "recursive-doubling")
+        assert not proven(name, strategy) or (in_line and "turn" in str(reason)), reason
         return
+    assert not costs or strategy in ("ring", "recursive-doubling")
     assert proven(name, strategy)
     assert_same(part, simulate(exchanges.build(strategy, 16, 16 * 6 * 100), place))
 

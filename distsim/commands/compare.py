@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     size.add_argument("--params", type=int, metavar="P", help="elements of the gradient")
     size.add_argument("--size", metavar="SIZE", help='bytes of the gradient, such as "100 MB" or 1GiB')
     options.array(parser)
-    options.engine(parser)
+    options.whole(parser)
     options.cluster(parser)
     options.csv(parser)
 

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     size.add_argument("--params", type=int, metavar="P", help="elements of the array")
     size.add_argument("--sizes", metavar="SIZES", help=f"{options.SIZES}; prints the columns of nccl-tests")
     options.array(parser)
-    options.engine(parser)
+    options.whole(parser)
     options.cluster(parser)
     options.csv(parser)
     parser.add_argument("--record", metavar="FILE", help="write the run record, with every message, to this file")

@@ -32,12 +32,12 @@ def array(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=ITEMSIZE, default="float32", help="of an element (default float32)")
     collective(parser)
     parser.add_argument("--sharing", choices=("fair", "fifo"), help="of links (default: what the cluster's file says)")
-
-
-def engine(parser: argparse.ArgumentParser) -> None:
-    """Add how the exchange is run."""
     rounds = "hand over messages when they are ready (default), or a step's only once the step before is over"
     parser.add_argument("--posting", choices=("eager", "rounds"), default="eager", help=rounds)
+
+
+def whole(parser: argparse.ArgumentParser) -> None:
+    """Add `--whole`."""
     parser.add_argument("--whole", action="store_true", help="simulate every transfer, symmetric or not")
 
 

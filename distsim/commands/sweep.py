@@ -52,6 +52,7 @@ def run(flags: argparse.Namespace) -> int:
         dtype=flags.dtype,
         collective=flags.collective,
         sharing=flags.sharing,
+        posting=flags.posting,
     )
 
     def start(missing: int) -> AbstractContextManager[Executor]:

@@ -120,6 +120,11 @@ def parse(strategy: str, collective: str = "all-reduce") -> Spec:
     Raises: ConfigError naming the collective, strategy, option or value that is unknown, and the nearest one.
     """
     find(collective)
+    name = strategy.partition(":")[0]
+    does = [other for other, algorithms in ALGORITHMS.items() if name in algorithms]
+    if does and collective not in does:
+        valid = ", ".join(ALGORITHMS[collective])
+        raise ConfigError(f"{name} does {', '.join(does)}, not {collective}; valid for {collective}: {valid}")
     return _parse(strategy, ALGORITHMS[collective])
 
 

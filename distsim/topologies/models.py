@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -31,8 +32,9 @@ class _Kind(Fields):
         """Return which kinds of link are used, by the path of the key that names them."""
         return {(key,): getattr(self, key) for key in ("link", "socket_link", "pcie") if getattr(self, key, None)}
 
+    @abstractmethod
     def shape(self, links: Links, devices: int) -> Shape:
-        raise NotImplementedError
+        """Build it with these links; `devices` is `count()` where that is not None."""
 
     def ties(self) -> Literal["first", "ecmp"]:
         """Return how routes are chosen among equally short ones where the file does not say."""
