@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from benchmarks import building, full_ring, peers, report, speed, symmetric
+from benchmarks import building, full_ring, gpt2, links, peers, report, speed, symmetric, training, transports
 from benchmarks.report import Table
 from distsim.errors import DistsimError
 
@@ -20,6 +20,10 @@ BENCHMARKS: dict[str, Callable[[int, bool], list[Table]]] = {
     "peers": peers.measure,
     "symmetry": symmetric.measure,
     "building": building.measure,
+    "transports": transports.measure,
+    "training": training.measure,
+    "links": links.measure,
+    "gpt2": gpt2.measure,
 }
 
 

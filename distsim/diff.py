@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distsim.errors import ConfigError
-from distsim.record import NOT_OBSERVABLE, RunRecord, Spans, Totals, time_error
+from distsim.record import NOT_OBSERVABLE, Part, RunRecord, Spans, Totals, time_error
 from distsim.units import format_time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One compared quantity, for one exchange."""
+    """One compared quantity, for one step's exchanges."""
 
     name: str
     first: str
@@ -21,7 +22,7 @@ class Line:
 
 
 def diff(first: RunRecord, second: RunRecord) -> list[Line]:
-    """Compare all that two records say about one exchange.
+    """Compare all that two records say about one step's exchanges: as a whole, part by part, message by message.
 
     Raises: ConfigError if they are not records of the same exchange.
     """
@@ -35,6 +36,8 @@ def diff(first: RunRecord, second: RunRecord) -> list[Line]:
     one, other = _per_exchange(first), _per_exchange(second)
     for name in ("messages", "bytes", "message_sizes", "links"):
         lines.append(_counts(name.replace("_", " "), one, other, name))
+    if first.parts and second.parts:
+        lines += _parts(first.parts, second.parts)
     if first.spans is not None and second.spans is not None:
         lines.append(_messages(first.spans, second.spans))
     error = time_error(first, second)
@@ -67,6 +70,15 @@ def _counts(title: str, first: Totals | str, second: Totals | str, name: str) ->
     values = [part if isinstance(part, str) else getattr(part, name) for part in (first, second)]
     verdict = "equal" if values[0] == values[1] else "DIFFERENT"
     return Line(name=title, first=_show(values[0]), second=_show(values[1]), verdict=verdict)
+
+
+def _parts(first: Sequence[Part], second: Sequence[Part]) -> list[Line]:
+    """Compare the counts of each part, by name; times are left to the whole."""
+    counts = [
+        {part.name: f"{part.messages:,} message{'s' * (part.messages != 1)}, {part.bytes:,} B" for part in parts}
+        for parts in (first, second)
+    ]
+    return [_equal(name, *(shown.get(name, "none") for shown in counts)) for name in counts[0] | counts[1]]
 
 
 def _messages(first: Spans, second: Spans) -> Line:

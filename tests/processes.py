@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-TINY = ("--layers", "1", "--width", "32", "--context", "16", "--batch-size", "2")
+TINY = ("--options", "layers=1,width=32,context=16", "--batch-size", "2")
 """The smallest model that the command lines allow for: a training of a few milliseconds a step."""
 IMPATIENT_S = 2
 MARKER = "DISTSIM_TEST_RUN"
@@ -57,6 +57,7 @@ def environment(folder: Path, marker: str = "") -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # the variable is set as soon as torch.compile is imported
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_TOKEN": uuid.uuid5(uuid.NAMESPACE_OID, str(folder)).hex,  # not the one in the user's home
         "RAY_preallocate_plasma_memory": "0",  # an exchange of a few kilobytes needs no warm pages
@@ -179,6 +180,7 @@ BATCH = '''
 """Several trainings in one torchrun, each as `python -m trainers` would run it; saves what every rank has seen."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -193,16 +195,17 @@ import torch
 import torch.distributed as dist
 
 from trainers import __main__ as command_line
-from trainers import torch_trainer
+from trainers import flops, group, torch_trainer
 
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 plan = json.loads((folder / "plan.json").read_text())
 original_train, original_connect = torch_trainer.train, dist.init_process_group
 
 
-def train(config, text, model, *others, **named):
-    result = original_train(config, text, model, *others, **named)
-    np.save(folder / f"{turn}.{rank}.npy", torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy())
+def train(config, workload, *others, **named):
+    result = original_train(config, workload, *others, **named)
+    vector = torch.nn.utils.parameters_to_vector(workload.model.parameters())
+    np.save(folder / f"{turn}.{rank}.npy", vector.detach().numpy())
     return result
 
 
@@ -219,10 +222,11 @@ def all_ranks_at(name):
 
 
 torch_trainer.train, dist.init_process_group = train, connect
+flops.peak_flops = functools.cache(flops.peak_flops)  # measured once, not by each training
 for turn, argv in enumerate(plan["commands"]):
     mine = argv if isinstance(argv[0], str) else argv[rank]
     all_ranks_at(f"begin {turn}")
-    torch_trainer.MEETING_TIMEOUT = timedelta(seconds=plan["impatient_s"] if turn in plan["impatient"] else 60)
+    group.MEETING_TIMEOUT = timedelta(seconds=plan["impatient_s"] if turn in plan["impatient"] else 60)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(turn)  # every training meets in a store of its own
     out, err, code, connected = io.StringIO(), io.StringIO(), 0, False
     if mine:
@@ -255,6 +259,7 @@ def batch(
     folder: Path,
     commands: Sequence[Sequence[str] | Sequence[Sequence[str]]],
     impatient: Sequence[int] = (),
+    timeout_s: float = 90,
 ) -> list[list[Seen]]:
     """Run several command lines of `trainers` under one torchrun: starting torch takes longer than a tiny training.
 
@@ -268,7 +273,7 @@ def batch(
     (folder / "plan.json").write_text(
         json.dumps({"commands": commands, "impatient": impatient, "impatient_s": IMPATIENT_S})
     )
-    ended = run(torchrun(ranks, script, folder), folder)
+    ended = run(torchrun(ranks, script, folder), folder, timeout_s=timeout_s)
     assert ended.code == 0, ended.err
     assert ended.left == []
     seen = []

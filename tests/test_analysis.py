@@ -13,8 +13,9 @@ from matplotlib import image
 
 from analysis.__main__ import main
 from analysis.comparison import Pair, comparison_table, read_pairs
+from analysis.figure import message_colours
 from distsim import record
-from distsim.record import RunRecord, Spans, Totals
+from distsim.record import Part, RunRecord, Spans, Totals
 
 PARAMS, STEPS = 1000, 20
 
@@ -121,6 +122,86 @@ def test_the_figure_is_a_png_with_something_on_it(folder: Path, capsys: pytest.C
         assert (np.abs(pixels - wanted).max(axis=2) < 0.02).sum() > 500, colour
     for part in np.array_split(np.arange(height), 3):  # every row of charts has ink
         assert 0.01 < (pixels[part].min(axis=2) < 0.5).mean() < 0.9
+
+
+def step_of(buckets: int, phases: int) -> RunRecord:
+    """A step of rank 0 sending to rank 1 a message for each phase of each bucket, and then the numbers."""
+    names = [*(f"bucket {bucket}" for bucket in range(buckets)), "numbers"]
+    counts = [*[phases] * buckets, 1]
+    messages = sum(counts)
+    one = made_up("ring", "simulated", 1.0)
+    return one.model_copy(
+        update={
+            "parts": [
+                Part(name=name, params=1, dtype="float32", schedule_digest="0", messages=count, bytes=count, time_s=1.0)
+                for name, count in zip(names, counts, strict=True)
+            ],
+            "spans": Spans(
+                schedule=list(range(messages)),
+                **{name: [0] * messages for name in ("row", "step", "src", "chunk", "bytes")},
+                dst=[1] * messages,
+                start_s=[float(at) for at in range(messages)],
+                finish_s=[at + 0.9 for at in range(messages)],
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("buckets", "phases", "legend"),
+    [
+        (1, 1, ["gradients", "numbers"]),
+        (1, 2, ["gradients", "parameters", "numbers"]),
+        (3, 1, ["bucket 0", "bucket 1", "bucket 2", "numbers"]),
+        (2, 2, ["bucket 0", "bucket 1", "lighter: parameters", "numbers"]),
+        (40, 2, ["bucket 0", "bucket 39", "lighter: parameters", "numbers"]),
+    ],
+)
+def test_every_schedule_of_every_bucket_has_a_colour_of_its_own(buckets: int, phases: int, legend: list[str]) -> None:
+    one = step_of(buckets, phases)
+    assert one.spans is not None
+    colours, shown = message_colours(one, one.spans)
+    assert list(shown) == legend
+    assert len(set(colours)) == len(colours) == buckets * phases + 1
+    assert colours[-1] == shown["numbers"]
+    if buckets > 1:
+        assert colours[0] == shown["bucket 0"]
+        assert colours[phases * (buckets - 1)] == shown[f"bucket {buckets - 1}"]
+    if buckets > 1 and phases > 1:
+        assert all(
+            sum(second) > sum(first) for first, second in zip(colours[:-1:2], colours[1:-1:2], strict=True)
+        )  # lighter
+
+
+def test_messages_are_coloured_whatever_their_order() -> None:
+    one = step_of(2, 1)
+    assert one.spans is not None
+    shuffled = one.spans.model_copy(update={"schedule": [2, 0, 1]})
+    colours, shown = message_colours(one, shuffled)
+    assert colours == [shown["numbers"], shown["bucket 0"], shown["bucket 1"]]
+
+
+def test_records_from_before_there_were_parts_have_two_colours() -> None:
+    one = made_up("parameter-server", "simulated", 1.0)
+    assert one.spans is not None and not one.parts
+    colours, shown = message_colours(one, one.spans)
+    assert list(shown) == ["gradients", "parameters"]
+    assert colours == [shown["gradients"]] * 2 + [shown["parameters"]] * 2
+
+
+def test_a_step_of_many_buckets_is_drawn(tmp_path: Path) -> None:
+    """40 buckets, each with parameters, of which no message may be lost: 81 bars on rank 0's line, each seen."""
+    one = step_of(40, 2)
+    record.write(one, tmp_path / "ring.simulated.json")
+    measured = {**made_up("ring", "measured", 1.0).model_dump(), "spans": one.spans, "parts": one.parts}
+    record.write(RunRecord.model_validate(measured), tmp_path / "ring.measured.json")
+    assert main([str(tmp_path)]) == 0
+    pixels = image.imread(tmp_path / "comparison.png")[:, :, :3]
+    seen = np.unique(np.rint(255 * pixels[pixels.shape[0] // 2 :]).astype(np.int64).reshape(-1, 3), axis=0)
+    assert one.spans is not None
+    colours, _ = message_colours(one, one.spans)
+    far = [colour for colour in colours if np.abs(seen - 255 * np.array(colour)).max(axis=1).min() > 1]
+    assert far == []
 
 
 def damage(folder: Path, what: str) -> str:

@@ -10,10 +10,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
-import test_readme
 
 import distsim
 from distsim import api, critical, exchanges
@@ -22,7 +20,7 @@ from distsim.cluster import load
 from distsim.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON, SWEEPS = ((ROOT / "docs" / name).read_text("utf-8") for name in ("python.md", "sweeps.md"))
+PYTHON = (ROOT / "docs" / "python.md").read_text("utf-8")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -211,23 +209,3 @@ def test_the_python_document_shows_what_comes_out(tmp_path: Path, monkeypatch: p
     assert sum(bool(output) for _, output in found) >= 4
     for code, output in found:
         assert cell(code, names) == output, code
-
-
-with patch.object(test_readme, "README", SWEEPS):
-    COMMANDS = test_readme.shown_commands()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a reader who types one command after the other."""
-    return tmp_path_factory.mktemp("sweeps")
-
-
-@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
-def test_the_sweeps_document_shows_what_comes_out(shown: test_readme.Shown, folder: Path) -> None:
-    ran = test_readme.run(shown.command, folder)
-    fails = "error: " in shown.output
-    assert ran.returncode == (2 if fails else 0), ran.stderr
-    printed = (ran.stderr if fails else ran.stdout).rstrip("\n")
-    compared = test_readme.shape if shown.measured else str.splitlines
-    assert compared(printed) == compared(shown.output)

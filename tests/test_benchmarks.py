@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,12 @@ def quick(*arguments: str) -> str:
     return subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_all_run_and_say_where_when_and_with_what() -> None:
-    printed = json.loads(quick("--json"))
+SIMULATED = ("full-ring", "speed", "peers", "symmetry", "building")
+TRAINED = ("transports", "training", "links", "gpt2")
+
+
+def test_simulations_run_on_one_core_and_say_where_when_and_with_what() -> None:
+    printed = json.loads(quick("--json", *SIMULATED))
     machine = printed["machine"]
     assert machine["runs"] == 1 and 0 < machine["core_ours"] < 1.5
     for key in (
@@ -43,8 +48,12 @@ def test_all_run_and_say_where_when_and_with_what() -> None:
         "simpy",
     ):
         assert key in machine
-    titles = [table["title"] for table in printed["tables"]]
+    titles = assert_tables(printed)
     assert len(titles) == len(set(titles)) == 7  # speed and symmetry have two
+
+
+def assert_tables(printed: dict[str, Any]) -> list[str]:
+    """Every table is whole, and what is measured is positive; return the titles."""
     for table in printed["tables"]:
         assert table["included"]
         lengths = {len(values) for values in table["columns"].values()}
@@ -52,6 +61,18 @@ def test_all_run_and_say_where_when_and_with_what() -> None:
         for name, values in table["columns"].items():
             if name.endswith("_s") or name.startswith("ratio"):
                 assert all(value is None or value > 0 for value in values), name
+    return [table["title"] for table in printed["tables"]]
+
+
+@pytest.mark.timeout(200)
+def test_trainings_run_beside_their_peers() -> None:
+    """Over sockets and gloo, beside DDP, between hosts (where that is permitted) and on a GPU (where there is one)."""
+    titles = assert_tables(json.loads(quick("--json", *TRAINED)))
+    assert len(titles) == len(set(titles)) and len(titles) in (4, 5)  # links has two tables where hosts can be made
+
+
+def test_no_benchmark_is_left_out() -> None:
+    assert {*SIMULATED, *TRAINED} == command.BENCHMARKS.keys()
 
 
 def test_tables_for_humans_have_units() -> None:

@@ -80,7 +80,7 @@ def test_no_bandwidth_is_told_where_larger_messages_are_as_fast() -> None:
 
 def loaded(folder: Path, found: Fit, ranks: int) -> Cluster:
     path = folder / "found.yaml"
-    path.write_text(cluster_file(ranks, "gloo", found))
+    path.write_text(cluster_file(ranks, "TCP", found))
     return load(str(path))
 
 
@@ -121,7 +121,7 @@ def test_a_real_run_writes_a_file_that_loads(tmp_path: Path) -> None:
     if "no bandwidth can be told" in ended.err:
         pytest.skip("this machine is too busy to be measured")
     assert ended.code == 0, ended.err
-    assert re.search(r"^gloo, 2 ranks: .* shared, .* a message, .*; wrote .*loopback.yaml$", ended.out, re.MULTILINE)
+    assert re.search(r"^TCP, 2 ranks: .* shared, .* a message, .*; wrote .*loopback.yaml$", ended.out, re.MULTILINE)
     cluster = load(str(out))
     assert len(cluster.devices) == 2
     assert simulate(exchanges.build("ring", 2, 1_000_000), cluster).time_s > 0

@@ -310,7 +310,7 @@ def test_unknown_collectives_and_algorithms_name_the_nearest() -> None:
         exchanges.build("tree", 4, 4, "broadcas")
     with pytest.raises(ConfigError, match="unknown strategy 'rign'; did you mean 'ring'"):
         exchanges.build("rign", 4, 4, "all-gather")
-    with pytest.raises(ConfigError, match="torus does all-reduce, .*, not broadcast; valid for broadcast: chain, direct, tree"):
+    with pytest.raises(ConfigError, match=r"torus does all-reduce, .*, not broadcast; valid for broadcast: chain,"):
         exchanges.build("torus", 4, 4, "broadcast")
 
 

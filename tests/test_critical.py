@@ -7,13 +7,10 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
-import test_readme
 from graphs import graph, waiters_of
 from helpers import all_reduce, right_schedules
 from hypothesis import assume, given, settings
@@ -300,15 +297,3 @@ def test_resources_as_busy_as_one_another_count_as_one(slowdown: float, alike: l
     found = critical.busiest(simulate(exchanges.build("ring", 6, 6_000_000), where))
     assert [usage.alike for usage in found] == alike
     assert (found[0].resource == "gpu4 -> switch") == (len(alike) > 1)
-
-
-with patch.object(test_readme, "README", (test_readme.ROOT / "docs" / "reading-results.md").read_text("utf-8")):
-    COMMANDS = test_readme.shown_commands()
-
-
-@pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
-def test_the_document_on_results_shows_what_comes_out(shown: test_readme.Shown, tmp_path: Path) -> None:
-    ran = test_readme.run(shown.command, tmp_path)
-    fails = "error: " in shown.output
-    assert ran.returncode == (2 if fails else 0), ran.stderr
-    assert (ran.stderr if fails else ran.stdout).rstrip("\n") == shown.output

@@ -1,8 +1,8 @@
-"""Runs the README's commands: its console blocks show what they really print.
+"""Runs the commands of the README and of the documents: their console blocks show what they really print.
 
 A block ```console is compared to the letter. In a block ```console measured, what follows depends on the
 machine: there every number is taken for any number. `make demo` runs as what it calls; `make test` would run
-this test again and is left to CI.
+this test again and is left to CI. A block whose first line is a comment with a file's name is that file.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from distsim.diff import agree, diff
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = ("README.md", "docs/reading-results.md", "docs/sweeps.md", "docs/trainers.md")
 BIN = Path(sys.executable).parent
 
 
 class Shown(NamedTuple):
-    """One command of the README and what it is shown to print."""
+    """One command of a page and what it is shown to print."""
 
+    page: str
     command: str
     output: str
     measured: bool
 
 
-def shown_commands() -> list[Shown]:
-    """Every `$ command` of the README's console blocks, in order."""
+def shown_commands(page: str) -> list[Shown]:
+    """Every `$ command` of a page's console blocks, in order."""
     found = []
-    for kind, block in re.findall(r"^```console( measured)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+    text = (ROOT / page).read_text("utf-8")
+    for kind, block in re.findall(r"^```console( measured)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for part in re.split(r"(?:\A|\n\n)\$ ", block)[1:]:  # a command opens its block or follows a blank line
             command, _, output = part.partition("\n")
-            found.append(Shown(command, output.rstrip("\n"), bool(kind)))
+            found.append(Shown(page, command, output.rstrip("\n"), bool(kind)))
     return found
 
 
@@ -49,13 +52,19 @@ def shape(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-COMMANDS = shown_commands()
+COMMANDS = [shown for page in PAGES for shown in shown_commands(page)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a reader who types one command after the other."""
-    return tmp_path_factory.mktemp("readme")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each page the folder of a reader who makes its files and types one command after the other."""
+    made = {}
+    for page in PAGES:
+        made[page] = tmp_path_factory.mktemp("reader")
+        text = (ROOT / page).read_text("utf-8")
+        for name, content in re.findall(r"^```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)^```", text, re.M | re.S):
+            (made[page] / name).write_text(content)
+    return made
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -74,10 +83,10 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("shown", COMMANDS, ids=lambda shown: str(shown.command[:60]))
-def test_command_prints_what_the_readme_shows(shown: Shown, folder: Path) -> None:
+def test_command_prints_what_its_page_shows(shown: Shown, folders: dict[str, Path]) -> None:
     if shown.command == "make test":
         pytest.skip("this is part of it")
-    ran = run(shown.command.replace("make demo", f"python {ROOT / 'tools' / 'demo.py'}"), folder)
+    ran = run(shown.command.replace("make demo", f"python {ROOT / 'tools' / 'demo.py'}"), folders[shown.page])
     fails = "error: " in shown.output
     assert ran.returncode == (2 if fails else 0), ran.stderr
     printed = (ran.stderr if fails else ran.stdout).rstrip("\n")
@@ -114,3 +123,28 @@ def test_the_map_of_the_house_names_every_module() -> None:
     for folder in ("distsim", "trainers", "analysis"):
         for file in (ROOT / folder).glob("*.py"):
             assert file.name.startswith("__init__") or file.name in map_, f"{folder}/{file.name} is not on the map"
+
+
+def test_every_feature_of_ours_is_linked_to_its_test() -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text("utf-8")
+    used = set(re.findall(r"\]\[(t-[a-z]+)\]", page))
+    linked = dict(re.findall(r'^\[(t-[a-z]+)\]: (\.\./tests/\S+ "\w+")$', page, re.MULTILINE))
+    assert used == linked.keys() and len(used) > 15
+    for target in linked.values():
+        file, name = re.fullmatch(r'\.\./(\S+) "(\w+)"', target).groups()  # type: ignore[union-attr]
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), target
+
+
+def test_no_cell_of_the_feature_table_is_without_a_source() -> None:
+    """But for what we have not, which needs none."""
+    page = (ROOT / "docs" / "trainers.md").read_text("utf-8")
+    defined = set(re.findall(r"^\[([a-z0-9-]+)\]: ", page, re.MULTILINE))
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|") and line.count("|") == 9]
+    assert len(rows) > 25
+    for name, ours, *theirs in rows:
+        if name.strip() in ("", "---"):
+            continue
+        assert "][t-" in ours or ours.strip() in ("no", "not yet", "not yet run"), name
+        for cell in theirs:
+            sources = re.findall(r"\]\[([a-z0-9-]+)\]", cell)
+            assert sources and defined >= set(sources), (name, cell)

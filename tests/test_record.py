@@ -136,6 +136,8 @@ def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -
         ({"totals": "hidden"}, "totals"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"params": "many"}, "params: Input should be a valid integer"),
+        ({"parts": [{"name": "bucket 0"}]}, "parts.0.params: Field required"),
+        ({"parts": 2 * simulated().model_dump()["parts"]}, "the file: .*two parts have the same name"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -217,6 +219,7 @@ def test_equal_counts_agree_whatever_the_times() -> None:
         "bytes": "equal",
         "message sizes": "equal",
         "links": "equal",
+        "bucket 0": "equal",
         "message by message": "equal",
         "exchange time": "-33.3%",
     }

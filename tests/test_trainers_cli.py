@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,14 @@ from trainers.__main__ import main
 
 pytestmark = pytest.mark.timeout(120)
 
+NOT_FINITE = r"step [12]: the (loss|gradient) is not finite; lower the learning rate or set --clip-norm"
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = (*TINY, "--steps", "3")
+MODEL_OPTIONS = TINY[1]
+DOUBLE = ("--dtype", "float64")
 SIMULATED = ("--cluster", "laptop_loopback")
+SMALL = "recursive-doubling"
 
 
 def errors(ended: Run) -> list[str]:
@@ -38,20 +44,29 @@ def assert_simulated_as_measured(folder: Path, strategy: str, capsys: pytest.Cap
     assert compared["agree"] is True
     assert {name for name, verdict in verdicts.items() if verdict == "equal"} == {
         *("schedule digest", "messages", "bytes", "message sizes", "links", "message by message"),
+        *(part.name for part in record.read(measured).parts),
     }
-    run_record = record.read(measured)
-    assert_counts_of_distsim_exchange(run_record, capsys)
+    assert_counts_of_distsim_exchange(record.read(measured), capsys)
 
 
 def assert_counts_of_distsim_exchange(measured: RunRecord, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--ranks", str(measured.workers), "--params", str(measured.params), "--dtype", measured.dtype]
-    assert cli.main(["exchange", measured.strategy, *sizes, "--json"]) == 0
-    predicted = json.loads(capsys.readouterr().out)
+    """Part by part, and all of them together."""
+    totals, sizes = [0, 0], Counter[str]()
+    for part in measured.parts:
+        of_gradients = part.name.startswith(record.BUCKET)
+        # Numbers are summed over all ranks, servers too, in the fewest steps.
+        strategy, ranks = (measured.strategy, measured.workers) if of_gradients else (SMALL, measured.ranks)
+        flags = ["--ranks", str(ranks), "--params", str(part.params), "--dtype", part.dtype]
+        assert cli.main(["exchange", strategy, *flags, "--json"]) == 0
+        predicted = json.loads(capsys.readouterr().out)
+        assert (part.messages, part.bytes) == (predicted["messages"], predicted["bytes"])
+        totals = [totals[0] + part.messages, totals[1] + part.bytes]
+        sizes.update(predicted["message_sizes"])
     assert isinstance(measured.totals, Totals)
-    assert measured.totals.messages == predicted["messages"] * measured.exchanges
-    assert measured.totals.bytes == predicted["bytes"] * measured.exchanges
+    steps = measured.exchanges
+    assert (measured.totals.messages, measured.totals.bytes) == (steps * totals[0], steps * totals[1])
     counted = {str(size): count for size, count in measured.totals.message_sizes.items()}
-    assert counted == {size: count * measured.exchanges for size, count in predicted["message_sizes"].items()}
+    assert counted == {size: count * steps for size, count in sizes.items()}
 
 
 def test_ring_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,9 +74,11 @@ def test_ring_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (ended.code, ended.left, errors(ended)) == (0, [], []), ended.err
     shown = ended.out.splitlines()
     assert shown[0].startswith("ring: 4 workers, ")
-    assert "72 messages" in ended.out  # 3 steps of 4 * 2 * 3
+    assert "96 messages" in ended.out  # 3 steps of 4 * 2 * 3 with gradients, and of 4 * 2 with numbers
     assert shown[-1].split() == ["compare", "distsim", "diff", "runs/ring.simulated.json", "runs/ring.measured.json"]
-    assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == ["ring.measured.json", "ring.simulated.json"]
+    assert sorted(file.name for file in (tmp_path / "runs").iterdir()) == [
+        *("ring.measured.json", "ring.metrics.jsonl", "ring.simulated.json"),
+    ]
     assert_simulated_as_measured(tmp_path / "runs", "ring", capsys)
 
 
@@ -69,24 +86,26 @@ def test_json_prints_one_record_and_nothing_else(tmp_path: Path, capsys: pytest.
     """All-to-all, on a text of the user's own, into a folder of the user's own."""
     text = tmp_path / "text.bin"
     text.write_bytes(bytes(range(256)) * 4)
-    flags = ("--json", "--text", text, "--out", tmp_path / "new" / "folder", "--dtype", "float64")
-    ended = run(torchrun(2, "-m", "trainers", "--strategy", "all-to-all", *MODEL, *SIMULATED, *flags), tmp_path)
+    flags = ("--json", "--options", f"{MODEL_OPTIONS},text={text}", "--out", tmp_path / "new" / "folder")
+    ended = run(
+        torchrun(2, "-m", "trainers", "--strategy", "all-to-all", *MODEL, *SIMULATED, *flags, *DOUBLE), tmp_path
+    )
     assert (ended.code, ended.left, errors(ended)) == (0, [], []), ended.err
     printed = RunRecord.model_validate(json.loads(ended.out))
     assert printed == record.read(tmp_path / "new" / "folder" / "all-to-all.measured.json")
     assert printed.origin == "measured"
     assert (printed.workers, printed.ranks, printed.exchanges, len(printed.losses)) == (2, 2, 3, 3)
-    assert printed.configuration["text_name"] == str(text)
-    assert printed.configuration["text_bytes"] == 1024
+    assert printed.configuration["data_name"] == printed.configuration["options"]["text"] == str(text)
     assert printed.environment["device"] == "cpu"
     assert_simulated_as_measured(tmp_path / "new" / "folder", "all-to-all", capsys)
 
 
 def test_a_wrong_flag_under_torchrun_is_one_message_and_no_traceback_of_ours(tmp_path: Path) -> None:
-    ended = run(torchrun(2, "-m", "trainers", "--strategy", "ring", *MODEL, "--width", "33"), tmp_path)
+    ended = run(torchrun(2, "-m", "trainers", "--strategy", "ring", *MODEL, "--options", "width=33"), tmp_path)
     assert (ended.code != 0, ended.out, ended.left) == (True, "", [])
     (message,) = errors(ended)
-    assert message == "trainers: error: --width must be a multiple of 32 (the width of a head), not 33"
+    reason = "--workload language-model: width must be a multiple of 32 (the width of a head), not 33"
+    assert message == f"trainers: error: {reason}"
     assert "exitcode  : 2" in ended.err
 
 
@@ -94,7 +113,8 @@ def test_a_wrong_flag_under_torchrun_is_one_message_and_no_traceback_of_ours(tmp
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]:
     """What two ranks under torchrun say of many commands."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "short.txt").write_text("sixteen bytes ..")
+    (folder / "short.txt").write_text("?")
+    (folder / "few.txt").write_text("forty bytes, three pieces, two of 16 byte")
     (folder / "small.yaml").write_text((ROOT / "cluster_configs" / "laptop_loopback.yaml").read_text())
     text = (folder / "small.yaml").read_text()
     (folder / "small.yaml").write_text(re.sub(r"devices: \d+", "devices: 1", text))
@@ -107,23 +127,28 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]
         "library all-to-all": ["--strategy", "all-to-all", "--transport", "library"],
         "workers": [*ring, "--workers", "2"],
         "address": [*ring, "--ray-address", "127.0.0.1:1"],
-        "no text": [*ring, "--text", str(folder / "none.txt")],
-        "folder": [*ring, "--text", str(folder)],
-        "short text": [*ring, "--text", str(folder / "short.txt")],
+        "no text": [*ring, "--options", f"text={folder / 'none.txt'}"],
+        "folder": [*ring, "--options", f"text={folder}"],
+        "short text": [*ring, "--options", f"text={folder / 'short.txt'}"],
         "small cluster": [*ring, "--cluster", str(folder / "small.yaml")],
         "no steps": [*ring, "--steps", "0"],
-        "rate": [*ring, "--learning-rate", "nan"],
-        "diverges": [*ring, "--learning-rate", "1e30"],
+        "rate": [*ring, "--optimizer", "SGD:lr=nan"],
+        "optimizer": [*ring, "--optimizer", "AdmW"],
+        "rates": [*ring, "--schedule", "cosin"],
+        "option": [*ring, "--options", "layres=2"],
+        "transport": [*ring, "--transport", "schedule"],
+        "few": [*ring, "--uneven", "drop", "--options", f"text={folder / 'few.txt'}"],
+        "diverges": [*ring, "--optimizer", "SGD:lr=1e30"],
         "out": [*ring, "--out", str(folder / "short.txt")],
         "seed": [ring, [*ring, "--seed", "1"]],
-        "layers": [ring, [*ring, "--layers", "2"]],
+        "layers": [ring, [*ring, "--options", "layers=2,width=32,context=16"]],
         "steps": [ring, [*ring, "--steps", "4"]],
         "strategy": [ring, ["--strategy", "all-to-all", *MODEL]],
-        "text": [ring, [*ring, "--text", str(ROOT / "README.md")]],
+        "text": [ring, [*ring, "--options", f"{MODEL_OPTIONS},text={ROOT / 'README.md'}"]],
         "rank 1 missing": [ring, []],
         "rank 0 missing": [[], ring],
     }
-    impatient = [list(commands).index(name) for name in ("small cluster", "rank 1 missing", "rank 0 missing")]
+    impatient = [list(commands).index(name) for name in ("small cluster", "out", "rank 1 missing", "rank 0 missing")]
     return dict(zip(commands, batch(2, folder, list(commands.values()), impatient), strict=True))
 
 
@@ -132,14 +157,19 @@ REFUSED = {
     "  python -m trainers --strategy parameter-server --steps 7 --workers 2",
     "unknown": "unknown strategy 'rign'; did you mean 'ring'?",
     "library all-to-all": "--transport library is the library's ring all-reduce; with --strategy all-to-all use "
-    "--transport schedule",
+    "--transport auto",
     "workers": "--workers is for the parameter server; torchrun's --nproc-per-node",
     "address": "--ray-address is for the parameter server",
     "no text": "none.txt: cannot read it: No such file or directory",
     "folder": ": cannot read it: Is a directory",
-    "short text": "short.txt: 16 bytes, but one sequence alone takes 17",
+    "short text": "short.txt: there is nothing to learn from fewer than 2 bytes",
     "no steps": "--steps must be at least 1, not 0",
-    "rate": "--learning-rate must be a positive number, not nan",
+    "rate": "optimizer SGD: lr cannot be 'nan'; expected a number",
+    "optimizer": "unknown optimizer 'AdmW'; did you mean 'Adam",
+    "rates": "unknown schedule 'cosin'; did you mean 'cosine'?",
+    "option": "--workload language-model has no option 'layres'; did you mean 'layers'?",
+    "transport": "--transport must be auto or tcp or torch or library, not 'schedule'",
+    "few": "--uneven drop: a step takes 4 samples",
 }
 
 
@@ -163,13 +193,12 @@ def test_a_cluster_with_too_few_devices(two_ranks: dict[str, list[Seen]]) -> Non
 
 
 def test_a_training_that_diverges_stops_with_the_step_and_a_remedy(two_ranks: dict[str, list[Seen]]) -> None:
-    for rank, seen in enumerate(two_ranks["diverges"]):
-        assert (seen.code, seen.out) == (2, "")
-        assert "Traceback" not in seen.err
-        (message,) = re.findall("trainers: error: .*", seen.err)
-        assert re.fullmatch(
-            rf"trainers: error: step [12]: the loss on rank {rank} is (nan|inf); lower the learning rate", message
-        )
+    """One for all: every rank has seen it at the same time."""
+    first, second = two_ranks["diverges"]
+    assert (first.code, second.code, first.out, second.out, second.err) == (2, 2, "", "", "")
+    assert "Traceback" not in first.err
+    (message,) = re.findall("trainers: error: .*", first.err)
+    assert re.fullmatch(f"trainers: error: {NOT_FINITE}", message)
 
 
 def test_a_record_that_cannot_be_written(two_ranks: dict[str, list[Seen]]) -> None:
@@ -182,10 +211,10 @@ def test_a_record_that_cannot_be_written(two_ranks: dict[str, list[Seen]]) -> No
 
 DIFFERENT = {
     "seed": ["configuration: seed is 1, on rank 0 it is 0", "model (digest) is "],
-    "layers": ["configuration: layers is 2, on rank 0 it is 1", "schedule (digest) is ", "model (digest) is "],
+    "layers": ["configuration: options is ", "schedule (digest) is ", "model (digest) is "],
     "steps": ["configuration: steps is 4, on rank 0 it is 3"],
     "strategy": ["configuration: strategy is all-to-all, on rank 0 it is ring", "schedule (digest) is "],
-    "text": ["configuration: text is ", "text (digest) is "],
+    "text": ["configuration: options is ", "data (digest) is "],
 }
 
 
@@ -257,30 +286,52 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     assert len(errors(ended)) <= 1  # the rank that is told last may see the others go first
 
 
+BROKEN = """
+import os, sys
+from distsim.errors import DistsimError
+from trainers.__main__ import main
+from trainers.workloads import language_model
+
+loss, calls = language_model.loss, []
+
+
+def broken(model, batch):
+    calls.append(1)
+    if len(calls) == 4:
+        {what}
+    return loss(model, batch)
+
+
+if os.environ["RANK"] == "1":
+    language_model.loss = broken
+sys.exit(main())
+"""
+
+
+def broken_on_rank_1(folder: Path, what: str) -> Run:
+    """Train on three ranks; at its third step, after a count of its operations, rank 1 does `what`."""
+    script = folder / "script.py"
+    script.write_text(BROKEN.replace("{what}", what))
+    return run(torchrun(3, script, "--strategy", "ring", *TINY, "--steps", "20"), folder)
+
+
 def test_a_rank_that_fails_alone_is_the_one_that_says_why(tmp_path: Path) -> None:
-    """The loss becomes NaN on rank 1 of 3 only: the others lose their connection, and say no more than that."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        "from trainers.__main__ import main\n"
-        "from trainers.workloads import language_model\n"
-        "loss, steps = language_model.loss, []\n"
-        "def broken(model, tokens):\n"
-        "    steps.append(1)\n"
-        "    return loss(model, tokens) * (float('nan') if len(steps) == 3 else 1)\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    language_model.loss = broken\n"
-        "sys.exit(main())\n"
-    )
-    ended = run(torchrun(3, script, "--strategy", "ring", *TINY, "--steps", "20"), tmp_path)
+    """The others lose their connection, and say no more than that."""
+    ended = broken_on_rank_1(tmp_path, 'raise DistsimError("the disk is full")')
     assert (ended.code != 0, ended.out, ended.left) == (True, "", [])
     errors(ended)
     said = re.findall("trainers: error: (.*)", ended.err)
-    reason = "step 2: the loss on rank 1 is nan; lower the learning rate"
-    lost = "the connection to another rank is lost; that rank's own message says why"
-    assert said.count(reason) == 1
-    assert len(said) == len(set(said))
-    assert set(said) <= {reason, lost}
+    assert said.count("the disk is full") == 1
+    lost = "the connection to (another rank|rank [012]) is lost; that rank's own message says why"
+    assert all(re.fullmatch(f"the disk is full|{lost}", each) for each in said), said
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_one_message(tmp_path: Path) -> None:
+    ended = broken_on_rank_1(tmp_path, "return loss(model, batch) * float('nan')")
+    assert (ended.code != 0, ended.out, ended.left) == (True, "", [])
+    (message,) = errors(ended)
+    assert re.fullmatch("trainers: error: step [23]: the loss is not finite; .* --clip-norm", message)
+    assert "exitcode  : 2" in ended.err
 
 
 def test_runs_see_this_checkout_and_no_settings_of_the_callers_ray(

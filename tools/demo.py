@@ -20,18 +20,19 @@ TORCHRUN = f"torchrun --nproc-per-node {WORKERS} -m"
 
 def commands(params: int) -> dict[str, list[str]]:
     """Return the commands under their headings; the simulated exchange has as many parameters as the trained one."""
+    alone = f"--steps {STEPS} --no-overlap"  # exchanges with nothing beside them, as they are simulated
     return {
         "Simulate the three strategies on a shipped cluster": [
             f"distsim compare --ranks {WORKERS} --params {params} --cluster ethernet_16x10g",
         ],
-        "Calibrate: a few seconds of neighbour exchanges, over gloo and over Ray": [
-            f"{TORCHRUN} trainers.calibrate --out {OUT}/gloo.yaml",
+        "Calibrate: a few seconds of neighbour exchanges, over TCP and over Ray": [
+            f"{TORCHRUN} trainers.calibrate --out {OUT}/tcp.yaml",
             f"python -m trainers.calibrate --workers {WORKERS} --out {OUT}/ray.yaml",
         ],
         f"Train for real on {WORKERS} processes, each strategy simulated first": [
-            f"{TORCHRUN} trainers --strategy ring --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
-            f"{TORCHRUN} trainers --strategy all-to-all --steps {STEPS} --cluster {OUT}/gloo.yaml --out {OUT}",
-            f"python -m trainers --strategy parameter-server --workers {WORKERS} --steps {STEPS}"
+            f"{TORCHRUN} trainers --strategy ring {alone} --cluster {OUT}/tcp.yaml --out {OUT}",
+            f"{TORCHRUN} trainers --strategy all-to-all {alone} --cluster {OUT}/tcp.yaml --out {OUT}",
+            f"python -m trainers --strategy parameter-server --workers {WORKERS} {alone}"
             f" --cluster {OUT}/ray.yaml --out {OUT}",
         ],
         "Compare: simulated and measured": [f"python -m analysis {OUT}"],

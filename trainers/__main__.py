@@ -1,63 +1,51 @@
-"""Command line: `torchrun --nproc-per-node 4 -m trainers ...` or `python -m trainers ...` for the server."""
+"""Command line: `torchrun --nproc-per-node 4 -m trainers ...`, or `python -m trainers ...` for dedicated servers."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distsim.cli import Parser
 from distsim.errors import ConfigError, DistsimError
-from distsim.exchanges import STRATEGIES, parse
-from trainers.config import DTYPES, RunConfig
+from distsim.exchanges import STRATEGIES
+from trainers import runfile
+from trainers.config import FIELDS, RunConfig, read
 
 if TYPE_CHECKING:
     from trainers.report import Summary
 
-
-def strategy(spec: str) -> str:
-    """Accept a strategy and its options; return them in their canonical form."""
-    try:
-        return str(parse(spec))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+WORKERS = 4
+"""Of a parameter server, unless said otherwise."""
 
 
 def parser() -> Parser:
-    """Return the command line's flags; each means one thing, and RunConfig says what."""
-    flags = Parser(prog="trainers", description=__doc__, allow_abbrev=False)
-    flags.add_argument(
-        "--strategy", required=True, type=strategy, help=f"{', '.join(STRATEGIES)}; with options NAME:KEY=VALUE,..."
-    )
-    flags.add_argument("--workers", type=int, help="parameter-server: how many (torchrun's ranks otherwise)")
-    flags.add_argument("--steps", type=int, default=50, help="optimizer steps (default 50)")
-    flags.add_argument("--batch-size", type=int, default=4, help="sequences per worker and step (default 4)")
-    flags.add_argument("--learning-rate", type=float, default=0.1, help="of SGD with momentum (default 0.1)")
-    flags.add_argument("--dtype", choices=DTYPES, default="float32")
-    flags.add_argument("--layers", type=int, default=4, help="transformer blocks (default 4)")
-    flags.add_argument("--width", type=int, default=128, help="features, a multiple of 32 (default 128)")
-    flags.add_argument("--context", type=int, default=128, help="bytes of a sequence (default 128)")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--text", metavar="FILE", help="train on this file, not on the standard library's sources")
-    flags.add_argument(
-        "--transport",
-        choices=("schedule", "library"),
-        default="schedule",
-        help="ring: run the schedule's own messages, or the library's all-reduce",
-    )
+    """Return the flags: RunConfig's fields, and what is no part of a run's description."""
+    flags = Parser(prog="trainers", description=__doc__)
+    flags.add_argument("file", metavar="RUN.yaml", nargs="?", help="a run's description; flags replace its values")
+    for name, each in FIELDS.items():
+        meaning = each.metadata["help"]
+        if name == "workers":
+            meaning = f"with dedicated parameter servers: how many (default {WORKERS}); torchrun's ranks otherwise"
+        elif isinstance(each.default, str | int | float):
+            meaning = f"{meaning} (default {str(each.default).lower() if each.type == 'bool' else each.default})"
+        style: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if isinstance(each.default, bool) else {}
+        flags.add_argument(f"--{name.replace('_', '-')}", help=meaning, **({"metavar": _metavar(name)} | style))
     flags.add_argument("--cluster", metavar="FILE", help="simulate the same exchange on this cluster beforehand")
     flags.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="run records (default runs)")
     flags.add_argument("--json", action="store_true", help="print the measured record, and nothing else, on stdout")
-    flags.add_argument("--ray-address", help="parameter-server: join this Ray cluster, do not start one")
+    flags.add_argument("--tensorboard", action="store_true", help="write metrics for TensorBoard, too")
+    flags.add_argument("--ray-address", help="dedicated servers: join this Ray cluster, do not start one")
     return flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train; return the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
-        return _run(parser().parse_args(argv))
+        return _run(sys.argv[1:] if argv is None else argv)
     except DistsimError as error:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if local_rank == "0" or not isinstance(error, ConfigError):  # all ranks see the same ConfigError
@@ -67,41 +55,76 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(flags: argparse.Namespace) -> int:
-    summary: Summary | None
+def _run(argv: list[str]) -> int:
+    flags = parser().parse_args(argv)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    rest = f"--strategy {flags.strategy} --steps {flags.steps}"
-    values = {name: getattr(flags, name) for name in RunConfig.__dataclass_fields__ if hasattr(flags, name)}
-    if parse(flags.strategy).name == "parameter-server":
-        workers = flags.workers if flags.workers is not None else 4
+    started = int(os.environ["WORLD_SIZE"]) if under_torchrun else None
+    values = described(flags)
+    workers = values.get("workers", WORKERS)
+    config = RunConfig(**(values | {"workers": started or workers}))
+    rest = f"-m trainers {shlex.join(_without_workers(argv))}"
+    summary: Summary | None
+    if config.servers:
         if under_torchrun:
             raise ConfigError(
                 "the parameter server runs on Ray actors, not under torchrun; use\n"
-                f"  python -m trainers {rest} --workers {os.environ['WORLD_SIZE']}"
+                f"  python {rest} --workers {started}\n"
+                "or let workers be servers: --strategy parameter-server:placement=colocated"
             )
         from trainers import ray_trainer
 
-        config = RunConfig(**(values | {"workers": workers}))
-        summary = ray_trainer.run(config, flags.cluster, flags.out, flags.ray_address)
+        summary = ray_trainer.run(config, flags.cluster, flags.out, flags.ray_address, tensorboard=flags.tensorboard)
     else:
         if not under_torchrun:
             raise ConfigError(
-                f"{flags.strategy} runs under torchrun, one process a rank; use\n"
-                f"  torchrun --nproc-per-node {flags.workers or 4} -m trainers {rest}"
+                f"{config.strategy} runs under torchrun, one process a rank; use\n"
+                f"  torchrun --nproc-per-node {workers} {rest}"
             )
         for name in ("workers", "ray_address"):
             if getattr(flags, name) is not None:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is for the parameter server; torchrun's --nproc-per-node and "
-                    f"--nnodes set the ranks of {flags.strategy}"
+                    f"--nnodes set the ranks of {config.strategy}"
                 )
+        if values.get("workers", started) != started:
+            raise ConfigError(
+                f"{flags.file} is a run of {workers} workers, but torchrun has started {started}: its "
+                "--nproc-per-node and --nnodes set them"
+            )
         from trainers import torch_trainer
 
-        config = RunConfig(**(values | {"workers": int(os.environ["WORLD_SIZE"])}))
-        summary = torch_trainer.run(config, flags.cluster, flags.out)
+        summary = torch_trainer.run(config, flags.cluster, flags.out, tensorboard=flags.tensorboard)
     if summary is not None:
         print(summary.measured.model_dump_json(indent=1) if flags.json else summary.text())
     return 0
+
+
+def described(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that file and flags give: flags replace the file's values, of options each by itself.
+
+    Raises: ConfigError for what cannot be read, and if there is no strategy.
+    """
+    values = runfile.read(flags.file) if flags.file is not None else {}
+    given = {name: read(name, getattr(flags, name)) for name in FIELDS if getattr(flags, name) is not None}
+    if "options" in given:
+        given["options"] = {**values.get("options", {}), **given["options"]}
+    values |= given
+    if "strategy" not in values:
+        raise ConfigError(f"which strategy? Give --strategy, or `strategy:` in a file; valid: {', '.join(STRATEGIES)}")
+    return values
+
+
+def _without_workers(argv: list[str]) -> list[str]:
+    """Return the same command line for whoever sets the number of workers otherwise."""
+    kept = [part for part in argv if not part.startswith("--workers=")]
+    if "--workers" in kept:
+        at = kept.index("--workers")
+        del kept[at : at + 2]
+    return kept
+
+
+def _metavar(name: str) -> str:
+    return "KEY=VALUE,..." if name == "options" else name.rpartition("_")[2].upper()
 
 
 if __name__ == "__main__":

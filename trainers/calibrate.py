@@ -1,6 +1,6 @@
 """Calibration: this machine as a `Cluster`, from timed neighbour exchanges and additions.
 
-torchrun --nproc-per-node 4 -m trainers.calibrate --out loopback.yaml     gloo or NCCL between 4 processes
+torchrun --nproc-per-node 4 -m trainers.calibrate --out loopback.yaml     TCP or NCCL between 4 processes
 python -m trainers.calibrate --workers 4 --out ray.yaml                   Ray actors: 4 workers and a server
 """
 
@@ -24,10 +24,9 @@ from distsim.cluster import bandwidth_quantity, time_quantity, to_yaml
 from distsim.errors import ConfigError, DistsimError
 from distsim.files import make_writable, write_whole
 from distsim.units import format_bandwidth, format_time
-from trainers.config import RunConfig
+from trainers import workload
 from trainers.neighbours import Sample
 from trainers.timing import together_s
-from trainers.workloads import language_model
 
 ROUNDS = 25
 """Exchanges of each kind; medians of them are fitted. All together take a few seconds."""
@@ -162,7 +161,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
 
 def model_params() -> int:
     """Count the parameters of the language model that is trained by default."""
-    model = language_model.build(RunConfig(strategy="ring", workers=1))
+    model = workload.load("language-model", {}, seed=0, dtype="float32").model
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,56 +1,72 @@
-"""Text to train on that is real and on every machine: the Python standard library's own sources, as bytes."""
+"""Which samples are used when, and by whom: the order depends on the seed alone, never on the number of workers."""
 
 from __future__ import annotations
 
-import hashlib
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from distsim.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """A text as bytes, and where it comes from."""
-
-    name: str
-    data: npt.NDArray[np.uint8]
-
-    def digest(self) -> str:
-        """SHA-256 of the bytes, in hexadecimal."""
-        return hashlib.sha256(self.data.tobytes()).hexdigest()
-
-    def windows(self, seed: int, step: int, count: int, length: int) -> npt.NDArray[np.int64]:
-        """Draw `count` random windows of `length` bytes, shape (count, length).
-
-        The draw depends on seed and step alone, never on who asks, so that workers who share a batch out
-        among themselves see the same data at any worker count.
-        """
-        random = np.random.default_rng((seed, step))
-        first = random.integers(0, len(self.data) - length + 1, size=count)
-        windows: npt.NDArray[np.int64] = self.data[first[:, None] + np.arange(length)].astype(np.int64)
-        return windows
+Indexes = npt.NDArray[np.int64]
 
 
-def load_text(path: str | None, least_bytes: int) -> Text:
-    """Read a file as bytes or, without one, the top-level modules of Python's standard library.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """Samples of each step and worker.
 
-    Raises: ConfigError if the file cannot be read or is shorter than `least_bytes`.
+    An epoch's order is a permutation drawn from seed and epoch. A step takes the next `samples_per_step` of it:
+    first everybody's micro-batch 0, worker after worker, then everybody's micro-batch 1, and so on. So 4 workers
+    use in each step what 2 workers with twice the batch size, or twice the micro-batches, use.
     """
-    if path is None:
-        folder = Path(sysconfig.get_path("stdlib"))
-        name = f"Python {sysconfig.get_python_version()} standard library"
-        raw = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
-    else:
-        name = path
-        try:
-            raw = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"--text {path}: cannot read it: {error.strerror}") from error
-    if len(raw) < least_bytes:
-        raise ConfigError(f"--text {name}: {len(raw)} bytes, but one sequence alone takes {least_bytes}")
-    return Text(name, np.frombuffer(raw, dtype=np.uint8))
+
+    samples: int
+    """How many there are."""
+    workers: int
+    batch_size: int
+    """Samples of a micro-batch, each worker."""
+    accumulate: int
+    """Micro-batches of a worker in a step."""
+    uneven: str
+    """join: the last step of an epoch has the samples that are left, which some workers see fewer or none of;
+    drop: they are not used in this epoch."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError if an epoch has no step."""
+        if self.steps_per_epoch < 1:
+            raise ConfigError(
+                f"--uneven {self.uneven}: a step takes {self.samples_per_step} samples (workers x accumulate x "
+                f"batch size), but there are only {self.samples}; use join, or a smaller --batch-size"
+            )
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a full step, of all workers together."""
+        return self.workers * self.accumulate * self.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every sample is used once ("drop": all but fewer than a step takes)."""
+        full, left = divmod(self.samples, self.samples_per_step)
+        return full + (left > 0 and self.uneven == "join")
+
+    def micro_batches(self, step: int, worker: int) -> list[Indexes]:
+        """Return the indexes of a worker's samples in a step: `accumulate` arrays of at most `batch_size` each.
+
+        Steps count on from epoch to epoch. Arrays are shorter or empty only in an epoch's last step.
+        """
+        epoch, turn = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.samples, self.seed, epoch)
+        taken = order[turn * self.samples_per_step : (turn + 1) * self.samples_per_step]
+        firsts = ((batch * self.workers + worker) * self.batch_size for batch in range(self.accumulate))
+        return [taken[first : first + self.batch_size] for first in firsts]
+
+
+@lru_cache(maxsize=2)
+def _permutation(samples: int, seed: int, epoch: int) -> Indexes:
+    order: Indexes = np.random.default_rng((seed, epoch)).permutation(samples)
+    order.flags.writeable = False  # everybody gets the same one
+    return order

@@ -12,23 +12,24 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from distsim import record
 from distsim.errors import ConfigError
-from distsim.schedule import Exchange
 from trainers.config import RunConfig
-from trainers.data import Text
+from trainers.plan import Plan
+from trainers.workload import Workload, data_digest
 
 Fingerprint = dict[str, str]
 
 
-def fingerprint(config: RunConfig, text: Text, model: nn.Module, exchange: Exchange, device: str) -> Fingerprint:
-    """Return what must be equal on all ranks, by name: schedule, model, text and every value of the run."""
+def fingerprint(config: RunConfig, workload: Workload, plan: Plan, device: str) -> Fingerprint:
+    """Return what must be equal on all ranks, by name: schedules, model, data and every value of the run."""
     values = {f"configuration: {name}": str(value) for name, value in asdict(config).items()}
     return {
         **values,
         "device": device,
-        "schedule (digest)": exchange.digest(),
-        "model (digest)": model_digest(model),
-        "text (digest)": text.digest(),
+        "schedule (digest)": record.digest(plan.exchanges),
+        "model (digest)": model_digest(workload.model),
+        "data (digest)": data_digest(workload),
     }
 
 

@@ -1,27 +1,37 @@
-"""The training loop, read top to bottom: forward and backward, exchange gradients, update, share parameters.
+"""The training loop, read top to bottom: gather micro-batches, count, forward and backward, wait for the buckets,
+clip, check, update, share, log.
 
-It is the same for every strategy. A rank computes if it is a worker, updates if the exchange leaves it with
-the complete gradient, and takes part in both schedules either way.
+It is the same for every strategy. A rank computes if it is a worker, updates if the exchange leaves it with summed
+gradients, and takes part in every exchange either way. A workload's loss is a sum over what counts (tokens, say), and
+gradients are divided by the count of all micro-batches of all ranks once they are summed: so they are those of one
+large batch, however unequal its parts.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distsim.errors import DistsimError
-from distsim.schedule import Exchange
+from distsim.errors import ConfigError
+from trainers import optimizers
+from trainers.buckets import Buckets, flat_parameters
 from trainers.config import RunConfig
-from trainers.data import Text
-from trainers.exchange import ScheduleRunner
+from trainers.data import Order
+from trainers.exchanger import Handle, Reducer
 from trainers.fingerprint import model_digest
+from trainers.plan import EVALUATION, NORM, NUMBERS, Plan, trainable
+from trainers.precision import Precision
 from trainers.timing import machine
-from trainers.transport import Transport, synchronize
-from trainers.workloads import language_model
+from trainers.transport import MessageLog, synchronize
+from trainers.workload import Samples, Workload, to_device
 
 
 @dataclass(slots=True)
@@ -29,112 +39,202 @@ class RankResult:
     """What one rank has done and seen."""
 
     losses: list[float] = field(default_factory=list)
-    """Loss of each step on this worker's share of the batch; empty on servers."""
-    exchange_s: list[tuple[float, float, float]] = field(default_factory=list)
-    """Of each step's exchange: start and end on the machine's monotonic clock, and the update in between."""
+    """Of each step: the mean over all that was counted on all workers."""
+    spans: list[list[tuple[float, float]]] = field(default_factory=list)
+    """Of each step, per schedule: start and end on the machine's monotonic clock."""
     step_s: list[float] = field(default_factory=list)
-    counts: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """Messages that this rank has sent, by (src, dst, bytes)."""
-    sent: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
-    received: dict[tuple[int, int], float] = field(default_factory=dict)
-    """The last exchange's messages by (schedule, row): time and bytes when sent, time when received."""
+    exposed_s: list[float] = field(default_factory=list)
+    """Of each step: how long the rank has waited for exchanges with nothing else to do."""
+    log: MessageLog | None = None
+    """The messages that this rank has sent and, of the last step, received; None where a library hides them."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """What is to be said of the last step: loss, times, and what this rank has sent."""
     machine: str = ""
     """Whose clock the times are of."""
     staging_bytes: int = 0
     model_digest: str = ""
 
+    def note(self, reducer: Reducer, loss: float, step_s: float, exposed_s: float) -> None:
+        """A step is over."""
+        spans = [reducer.spans[which] for which in sorted(reducer.spans)]
+        sent = None if reducer.log is None else reducer.log.bytes_of.values()
+        self.losses.append(loss)
+        self.step_s.append(step_s)
+        self.exposed_s.append(exposed_s)
+        self.spans.append(spans)
+        self.last = {
+            "loss": loss,
+            "step_s": step_s,
+            "exchange_s": sum(end - start for start, end in spans),
+            "exposed_s": exposed_s,
+            "messages": None if sent is None else len(sent),
+            "bytes": None if sent is None else sum(sent),
+        }
 
-@dataclass(frozen=True, slots=True)
-class FlatModel:
-    """A model whose parameters, and whose gradients, lie in one flat tensor each."""
 
-    model: nn.Module
-    parameters: Tensor
-    gradients: Tensor
+def check(config: RunConfig, workload: Workload) -> None:
+    """Refuse what `train` would refuse, before the ranks meet.
 
-    @staticmethod
-    def of(model: nn.Module) -> FlatModel:
-        """Move a model's parameters and gradients into flat storage; shape (params,) each."""
-        leaves = list(model.parameters())
-        total = sum(leaf.numel() for leaf in leaves)
-        flat = torch.empty(total, dtype=leaves[0].dtype, device=leaves[0].device)
-        gradients = torch.zeros_like(flat)
-        first = 0
-        for leaf in leaves:
-            here = slice(first, first + leaf.numel())
-            flat[here] = leaf.detach().flatten()
-            leaf.data = flat[here].view_as(leaf)
-            leaf.grad = gradients[here].view_as(leaf)
-            first += leaf.numel()
-        return FlatModel(model, flat, gradients)
+    Raises: ConfigError for an optimizer, a schedule of its learning rate or an order of samples that cannot be.
+    """
+    optimizer = optimizers.build(config.optimizer, trainable(workload.model))
+    optimizers.learning_rates(config.schedule, optimizer, config.steps)
+    _order(config, workload)
 
 
 def train(
     config: RunConfig,
-    text: Text,
-    model: nn.Module,
-    exchange: Exchange,
+    workload: Workload,
+    plan: Plan,
     rank: int,
-    transport: Transport,
-    reduce_gradients: Callable[[Tensor], None] | None = None,
-    report: Callable[[int, float | None], None] = lambda steps, loss: None,
+    reducer: Reducer,
+    on_step: Callable[..., None],
+    on_evaluation: Callable[..., None],
 ) -> RankResult:
-    """Train `model` in place as rank `rank` of an exchange; return this rank's part of the record.
+    """Train the workload's model in place as rank `rank` of a plan; return this rank's part of the record.
 
-    `reduce_gradients` replaces the gradients' schedule by a library's own all-reduce. `report` gets the number
-    of finished steps and the last loss. Barriers around every exchange make its time its own.
+    `on_step` and `on_evaluation` are told of each, as `Metrics.step` and `Metrics.evaluation` are. Without overlap
+    there are barriers around a step's exchanges, which make their times their own.
 
-    Raises: DistsimError if the loss is not finite.
+    Raises: ConfigError, on all ranks alike, if loss or gradient is not finite and loss scaling cannot help.
     """
-    flat = FlatModel.of(model)
-    works, updates = rank < exchange.workers, bool(exchange.updates()[rank])
-    runners = [ScheduleRunner(part, [rank], transport, which) for which, part in enumerate(exchange.schedules())]
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
-    result = RankResult(machine=machine())
+    model, parameters = workload.model, trainable(workload.model)
+    device = parameters[0].device
+    if config.compile:
+        model.compile()
+    optimizer = optimizers.build(config.optimizer, parameters)
+    rates = optimizers.learning_rates(config.schedule, optimizer, config.steps)
+    precision = Precision(config.precision, device)
+    order = _order(config, workload)
+    handles: list[Handle] = []
+    buckets = Buckets(parameters, plan, lambda number, bucket: handles.append(reducer.reduce(number, bucket)))
+    flat = flat_parameters(parameters, plan) if plan.has_servers else []
+    works, updates = rank < plan.workers, bool(plan.exchanges[0].updates()[rank])
+    expected = _expected(config, workload)
+    result, updated = RankResult(machine=machine()), 0
 
     for step in range(config.steps):
         began = time.monotonic()
-        flat.gradients.zero_()
-        if works:
-            tokens = language_model.batch(config, text, step, rank).to(flat.parameters.device)
-            loss = language_model.loss(model, tokens)
-            torch.autograd.backward(loss)
-            result.losses.append(float(loss.detach()))
-            if not result.losses[-1] < float("inf"):
-                raise DistsimError(
-                    f"step {step}: the loss on rank {rank} is {result.losses[-1]}; lower the learning rate"
-                )
+        reducer.begin()
+        buckets.begin()
 
-        synchronize(flat.parameters.device)
-        transport.log.restart()
-        transport.barrier()
-        exchange_began = time.monotonic()
-        if reduce_gradients is None:
-            runners[0].run({rank: flat.gradients})
-        else:
-            reduce_gradients(flat.gradients)
-        synchronize(flat.parameters.device)
-        update_began = exchange_ended = time.monotonic()
-        if updates:
-            flat.gradients.div_(exchange.workers)
-            optimizer.step()
-            synchronize(flat.parameters.device)
-        update_ended = time.monotonic()
-        for runner in runners[1:]:
-            runner.run({rank: flat.parameters})
-            synchronize(flat.parameters.device)
-            exchange_ended = time.monotonic()
+        batches = _gather(workload, order.micro_batches(step, rank) if works else [])
+        count = sum(workload.count(batch) for batch in batches)
 
-        transport.barrier()  # nobody computes on while others still exchange: processes may share cores
-        between = update_ended - update_began if exchange_ended > update_ended else 0.0
-        result.exchange_s.append((exchange_began, exchange_ended, between))
-        result.step_s.append(time.monotonic() - began)
-        report(step + 1, result.losses[-1] if works else None)
+        losses = torch.zeros((), dtype=torch.float64, device=device)
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            if left == 0 and config.overlap:
+                buckets.expect_last()
+            with precision.autocast():
+                loss = workload.loss(model, to_device(batch, device))
+            torch.autograd.backward(loss * (precision.scale / expected))
+            losses += loss.detach()
 
-    log = transport.log
-    result.counts = dict(log.counts)
-    result.sent = {row: (log.sent_s[row], log.bytes_of[row]) for row in log.sent_s}
-    result.received = dict(log.received_s)
-    result.staging_bytes = sum(runner.staging_bytes for runner in runners)
+        if not config.overlap:
+            synchronize(device)
+            reducer.barrier()
+        waits = time.monotonic()
+        buckets.finish()
+        total, loss_sum, *used = reducer.sum(NUMBERS, [count, float(losses), *map(float, buckets.used)])()
+        for handle in handles:
+            handle.wait()
+        handles.clear()
+        exposed_s = time.monotonic() - waits
+
+        factor = expected / precision.scale / max(total, 1.0)
+        norm = gradient_norm(buckets.gradients, plan, rank, reducer) * factor
+        finite = math.isfinite(norm) and math.isfinite(loss_sum)
+        if not finite and precision.scale <= 1.0:
+            what = "gradient" if math.isfinite(loss_sum) else "loss"
+            raise ConfigError(f"step {step}: the {what} is not finite; lower the learning rate or set --clip-norm")
+        precision.update(finite)
+
+        rate = rates.base_lrs[0] * rates.lr_lambdas[0](updated)
+        if finite and total:
+            updated += 1
+            if updates:
+                buckets.scale(factor * min(1.0, (config.clip_norm or math.inf) / norm) if norm else factor)
+                buckets.drop([bool(flag) for flag in used])
+                optimizer.step()
+                rates.step()
+        waits = time.monotonic()
+        for handle in [reducer.share(number, part) for number, part in enumerate(flat)]:
+            handle.wait()
+        exposed_s += time.monotonic() - waits
+
+        synchronize(device)
+        if not config.overlap:
+            reducer.barrier()  # nobody computes on while others still exchange: processes may share cores
+        result.note(reducer, loss_sum / max(total, 1.0), time.monotonic() - began, exposed_s)
+        on_step(step, count=int(total), learning_rate=rate, grad_norm=norm, skipped=not finite, **result.last)
+        if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and workload.evaluation is not None:
+            on_evaluation(step, **evaluate(config, workload, workload.evaluation, rank, reducer, precision))
+
+    result.log, result.staging_bytes = reducer.log, reducer.staging_bytes
     result.model_digest = model_digest(model)
+    buckets.close()
     return result
+
+
+def gradient_norm(gradients: Sequence[Tensor], plan: Plan, rank: int, reducer: Reducer) -> float:
+    """Return the Euclidean norm of the summed gradient, all of it, the same on all ranks.
+
+    Where servers hold parts of it, each adds the squares of its own.
+    """
+    if not plan.has_servers:
+        return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in gradients))
+    squares = 0.0
+    for part, exchange in zip(gradients, plan.exchanges, strict=False):
+        schedule = exchange.gradients
+        held = torch.from_numpy(schedule.must_hold[rank].repeat(schedule.chunk_elements)).to(part.device)
+        squares += float(torch.linalg.vector_norm(part[held])) ** 2
+    return math.sqrt(reducer.sum(NORM, [squares])()[0])
+
+
+@torch.no_grad()
+def evaluate(
+    config: RunConfig,
+    workload: Workload,
+    samples: Samples,
+    rank: int,
+    reducer: Reducer,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Return the mean loss over `samples`, shared out among the workers, and over how much it was taken."""
+    device = next(workload.model.parameters()).device
+    mine = range(rank, len(samples), config.workers) if rank < config.workers else range(0)
+    count, losses = 0, torch.zeros((), dtype=torch.float64, device=device)
+    workload.model.eval()
+    for first in range(0, len(mine), config.batch_size):
+        batch = workload.collate([samples[at] for at in mine[first : first + config.batch_size]])
+        count += workload.count(batch)
+        with precision.autocast():
+            losses += workload.loss(workload.model, to_device(batch, device))
+    workload.model.train()
+    total, loss_sum = reducer.sum(EVALUATION, [count, float(losses)])()
+    return {"loss": loss_sum / max(total, 1.0), "count": int(total)}
+
+
+def _expected(config: RunConfig, workload: Workload) -> int:
+    """Return about how much a step counts: loss and gradients are divided by it until the true count is known.
+
+    The result does not depend on it, but half precision has no range for sums over thousands of tokens.
+    """
+    each = workload.count(workload.collate([workload.data[0]]))
+    return config.workers * config.batch_size * config.accumulate * max(each, 1)
+
+
+def _gather(workload: Workload, chosen: Sequence[npt.NDArray[np.int64]]) -> list[Any]:
+    """Return a step's micro-batches, which at an epoch's end may be fewer than usual, or none."""
+    return [workload.collate([workload.data[int(at)] for at in indexes]) for indexes in chosen if len(indexes)]
+
+
+def _order(config: RunConfig, workload: Workload) -> Order:
+    return Order(
+        samples=len(workload.data),
+        workers=config.workers,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        uneven=config.uneven,
+        seed=config.seed,
+    )

@@ -16,12 +16,10 @@ import torch
 
 from distsim.check import check_schedule
 from distsim.schedule import Op, Schedule, Source
-from trainers import data
-from trainers.config import RunConfig
+from trainers import workload
 from trainers.exchange import ScheduleRunner
 from trainers.timing import machine
 from trainers.transport import Transport, synchronize
-from trainers.workloads import language_model
 
 BUFFERS_BYTES = 48_000_000
 """Each rank's buffers are used in turn and come to at least this much, so that none is still in a cache."""
@@ -63,14 +61,13 @@ def neighbours(ranks: int, elements: int, steps: int) -> Schedule:
 
 def training_pass(device: torch.device) -> Callable[[], None]:
     """Return a function that makes a forward and backward pass of the default language model."""
-    config = RunConfig(strategy="ring", workers=1)
-    model = language_model.build(config).to(device)
-    text = data.load_text(None, config.context + 1)
-    tokens = language_model.batch(config, text, step=0, worker=0).to(device)
+    work = workload.load("language-model", {}, seed=0, dtype="float32")
+    model = work.model.to(device)
+    batch = workload.to_device(work.collate([work.data[at] for at in range(4)]), device)
 
     def compute() -> None:
         model.zero_grad()
-        torch.autograd.backward(language_model.loss(model, tokens))
+        torch.autograd.backward(work.loss(model, batch))
         synchronize(device)
 
     return compute

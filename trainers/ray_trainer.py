@@ -10,38 +10,53 @@ from typing import Any
 import ray
 import torch
 
-from distsim import exchanges
-from distsim.check import check
 from distsim.errors import DistsimError
 from distsim.schedule import ITEMSIZE
-from trainers import data, report
+from trainers import profiling, report, workload
 from trainers.config import RunConfig
+from trainers.exchanger import Exchanger
 from trainers.fingerprint import Fingerprint, agree, fingerprint
-from trainers.loop import RankResult, train
+from trainers.loop import RankResult, check, train
+from trainers.metrics import Metrics
 from trainers.neighbours import Sample, sample
+from trainers.plan import plan, trainable
 from trainers.ray_session import session
 from trainers.ray_transport import Mailbox, RayTransport
-from trainers.workloads import language_model
+
+CPU = torch.device("cpu")
 
 
-def run(config: RunConfig, cluster: str | None, out: Path, address: str | None) -> report.Summary:
+def run(
+    config: RunConfig, cluster: str | None, out: Path, address: str | None, *, tensorboard: bool = False
+) -> report.Summary:
     """Train with all workers and servers; start a local Ray unless `address` names one to join.
 
     Raises: ConfigError if the cluster cannot be joined or the ranks disagree; DistsimError if an actor dies.
     """
-    text = data.load_text(config.text, config.context + 1)
-    model = language_model.build(config)
-    exchange = exchanges.build(config.strategy, config.workers, sum(p.numel() for p in model.parameters()))
-    check(exchange)
-    predicted = report.prepare(exchange, config, cluster, out)
-    with session(address, exchange.traffic(ITEMSIZE[config.dtype]).bytes):
-        actors = start_ranks(exchange.ranks)
-        agree(collect([actor.prepare.remote(config) for actor in actors]))
-        progress = report.Progress(config, enabled=True)
-        running = [actor.train.remote() for actor in actors]
-        results: list[RankResult] = collect(running, lambda: progress.show(*ray.get(actors[0].progress.remote())))
-        progress.close()
-    return report.finish(report.measured(config, exchange, text, results, "cpu"), predicted, out)
+    work = workload.load(config.workload, config.options, config.seed, config.dtype)
+    check(config, work)
+    exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb)
+    predicted = report.prepare(exchanges, config, cluster, out)
+    sizes = [ITEMSIZE[dtype] for dtype in exchanges.dtypes]
+    total = sum(each.traffic(size).bytes for each, size in zip(exchanges.exchanges, sizes, strict=True))
+    name = report.file_name(config)
+    metrics = Metrics(folder=out, name=name, steps=config.steps, tensorboard=tensorboard, show=True)
+    try:
+        with session(address, total):
+            actors = start_ranks(exchanges.ranks)
+            agree(collect([actor.prepare.remote(config) for actor in actors]))
+            on_step = report.follow(metrics, report.utilisation(work, config, CPU), config)
+            running = [actor.train.remote(str(out / f"{name}.trace.json")) for actor in actors]
+
+            def follow() -> None:
+                for kind, step, seen in ray.get(actors[0].progress.remote()):
+                    {"step": on_step, "evaluation": metrics.evaluation}[kind](step, **seen)
+
+            results: list[RankResult] = collect(running, follow)
+            follow()
+    finally:
+        metrics.close()
+    return report.finish(report.measured(config, exchanges, work, results, CPU.type), predicted, out)
 
 
 def calibrate(ranks: int, sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
@@ -87,13 +102,13 @@ def collect(running: list[Any], meanwhile: Any = None) -> list[Any]:
 
 
 class Rank:
-    """One rank, a Ray actor: the training loop in one thread, deliveries and questions in others."""
+    """One rank, a Ray actor: the training loop in one thread, exchanges, deliveries and questions in others."""
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(1)
         self._rank = rank
         self._mailbox = Mailbox()
-        self._progress: tuple[int, float | None] = (0, None)
+        self._told: list[tuple[str, int, dict[str, Any]]] = []
 
     def connect(self, peers: list[Any]) -> None:
         """Learn the handles of all ranks."""
@@ -104,34 +119,36 @@ class Rank:
         self._mailbox.put(src, serial, letter)
 
     def prepare(self, config: RunConfig) -> Fingerprint:
-        """Build model and exchange; return what must be the same on all ranks."""
+        """Build model and exchanges; return what must be the same on all ranks."""
         self._config = config
-        self._text = data.load_text(config.text, config.context + 1)
-        self._model = language_model.build(config)
-        params = sum(parameter.numel() for parameter in self._model.parameters())
-        self._exchange = exchanges.build(config.strategy, config.workers, params)
-        return fingerprint(config, self._text, self._model, self._exchange, "cpu")
+        self._workload = workload.load(config.workload, config.options, config.seed, config.dtype)
+        self._plan = plan(trainable(self._workload.model), config.strategy, config.workers, config.bucket_mb)
+        return fingerprint(config, self._workload, self._plan, CPU.type)
 
-    def train(self) -> RankResult:
-        """Run the training loop to its end."""
-        return train(
-            self._config,
-            self._text,
-            self._model,
-            self._exchange,
-            self._rank,
-            self._transport,
-            report=self._report,
-        )
+    def train(self, trace_file: str) -> RankResult:
+        """Run the training loop to its end; a trace, if one is asked for, is written where rank 0 is."""
+        config, exchanger = self._config, Exchanger(self._plan, self._rank, self._transport, CPU)
+        traces = self._rank == 0 and config.profile > 0
+        with profiling.traced(config.profile, Path(trace_file), enabled=traces) as trace:
+
+            def on_step(step: int, **seen: Any) -> None:
+                self._note("step", step, seen)
+                trace.step()
+
+            def on_evaluation(step: int, **seen: Any) -> None:
+                self._note("evaluation", step, seen)
+
+            return train(config, self._workload, self._plan, self._rank, exchanger, on_step, on_evaluation)
 
     def calibrate(self, sizes: Sequence[int], rounds: int) -> list[Sample]:
         """Time neighbour exchanges with the other ranks."""
         transport = self._transport
-        return sample(self._rank, transport.ranks, transport, sizes, rounds, torch.device("cpu"))
+        return sample(self._rank, transport.ranks, transport, sizes, rounds, CPU)
 
-    def progress(self) -> tuple[int, float | None]:
-        """Steps done so far, and the last loss."""
-        return self._progress
+    def progress(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Return the steps and evaluations since the last time."""
+        told, self._told = self._told, []
+        return told
 
-    def _report(self, steps: int, loss: float | None) -> None:
-        self._progress = (steps, loss)
+    def _note(self, kind: str, step: int, seen: dict[str, Any]) -> None:
+        self._told.append((kind, step, seen))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-from torch import Tensor
 
 from distsim.errors import DistsimError
-from trainers.transport import Done, Message, Request, Transport
+from trainers.transport import Receive, Send, Transport
 
-DELIVERY_TIMEOUT_S = 300.0
+DELIVERY_TIMEOUT_S = 1800.0
+"""How long a rank waits for another, which may be computing all the while: gloo's own default."""
 
 
 class Mailbox:
@@ -30,15 +30,20 @@ class Mailbox:
             self._letters[src, serial] = letter
             self._changed.notify_all()
 
-    def take(self, src: int, serial: int, timeout_s: float | None) -> Any:
-        """Wait for a letter and remove it.
+    def take(self, addresses: Collection[tuple[int, int]], timeout_s: float | None) -> tuple[tuple[int, int], Any]:
+        """Wait for the first of several letters, each (sender, serial number); return its address, and remove it.
 
-        Raises: DistsimError naming the sender if it does not come within `timeout_s`.
+        Raises: DistsimError naming the senders if none comes within `timeout_s`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: (src, serial) in self._letters, timeout_s):
-                raise DistsimError(f"message {serial} of rank {src} has not come within {timeout_s:.0f} s")
-            return self._letters.pop((src, serial))
+            if not self._changed.wait_for(lambda: self._there(addresses), timeout_s):
+                senders = ", ".join(str(src) for src, _ in addresses)
+                raise DistsimError(f"nothing has come from rank {senders} within {timeout_s:.0f} s")
+            address = next(iter(self._there(addresses)))
+            return address, self._letters.pop(address)
+
+    def _there(self, addresses: Collection[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [address for address in addresses if address in self._letters]
 
 
 class RayTransport(Transport):
@@ -47,6 +52,8 @@ class RayTransport(Transport):
     Letters are numbered for each ordered pair, since a threaded actor may run deliveries in any order.
     """
 
+    adds = True
+
     def __init__(self, rank: int, peers: Sequence[Any], mailbox: Mailbox) -> None:
         super().__init__()
         self._rank = rank
@@ -54,6 +61,8 @@ class RayTransport(Transport):
         self._mailbox = mailbox
         self._sent = [0] * len(peers)
         self._received = [0] * len(peers)
+        self._expected: dict[int, deque[tuple[int, Receive]]] = {}
+        self._ended: list[Send | Receive] = []
 
     @property
     def ranks(self) -> int:
@@ -71,12 +80,30 @@ class RayTransport(Transport):
             self._deliver(0, [])
             self._take(0)
 
-    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Request], list[Request]]:
-        arriving = [_Arriving(self, message.src, self._next(message.src), message.tensor) for message in receives]
+    def expect(self, receives: Sequence[Receive]) -> None:
+        for message in receives:
+            self._expected.setdefault(message.src, deque()).append((self._next(message.src), message))
+
+    def _send(self, sends: Sequence[Send]) -> None:
         for message in sends:
             # Explicit put of a flat array and a nested reference: twice as fast as passing the array itself.
             self._deliver(message.dst, [ray.put(message.tensor.numpy())])
-        return [Done()] * len(sends), list(arriving)
+        self._ended += sends
+
+    def _finished(self) -> Sequence[Send | Receive]:
+        if self._ended:
+            ended, self._ended = self._ended, []
+            return ended
+        heads = {(src, line[0][0]): src for src, line in self._expected.items() if line}
+        address, (reference,) = self._mailbox.take(heads, DELIVERY_TIMEOUT_S)
+        _, message = self._expected[heads[address]].popleft()
+        array: np.ndarray = ray.get(reference)  # a read-only view of this node's store
+        target, adds = message.land(message.message)
+        if adds:
+            np.add(target.numpy(), array, out=target.numpy())
+        else:
+            np.copyto(target.numpy(), array)
+        return [message]
 
     def _deliver(self, dst: int, letter: list[Any]) -> None:
         self._peers[dst].deliver.remote(self._rank, self._sent[dst], letter)
@@ -86,23 +113,6 @@ class RayTransport(Transport):
         self._received[src] += 1
         return self._received[src] - 1
 
-    def _take(self, src: int) -> Any:
+    def _take(self, src: int) -> None:
         # As long as it takes: others may compute for hours, and whoever dies is seen by the driver.
-        return self._mailbox.take(src, self._next(src), None)
-
-    def fetch(self, src: int, serial: int) -> np.ndarray:
-        """Wait for a letter and fetch its object, a read-only view of this node's store."""
-        (reference,) = self._mailbox.take(src, serial, DELIVERY_TIMEOUT_S)
-        array: np.ndarray = ray.get(reference)
-        return array
-
-
-@dataclass(frozen=True, slots=True)
-class _Arriving:
-    transport: RayTransport
-    src: int
-    serial: int
-    target: Tensor
-
-    def wait(self) -> None:
-        np.copyto(self.target.numpy(), self.transport.fetch(self.src, self.serial))
+        self._mailbox.take([(src, self._next(src))], None)

@@ -1,1 +1,6 @@
-"""What is trained: each module has `build`, `batch` and `loss`."""
+"""What can be trained by name. Each module has `build`, whose keyword arguments are the workload's options."""
+
+BUILT_IN = {
+    "language-model": "trainers.workloads.language_model:build",
+    "digits": "trainers.workloads.digits:build",
+}
