@@ -67,6 +67,26 @@ def test_the_last_parameters_come_first_and_no_bucket_is_too_large(sizes: list[i
     assert made.exchanges[-1].params == SUMS + len(sizes)
 
 
+@given(sizes=st.lists(st.integers(1, 3_000_000), min_size=1, max_size=40), limit=st.sampled_from([2.0, 25.0, 1e3]))
+def test_with_overlap_the_first_and_the_last_buckets_are_small(sizes: list[int], limit: float) -> None:
+    parameters = [torch.empty(size, device="meta") for size in sizes]
+    made = plan(parameters, "ring", 1, limit, overlap=True)
+    assert [place for bucket in made.buckets for place in bucket] == list(reversed(range(len(sizes))))
+    filled = [4 * sum(sizes[place] for place in bucket) for bucket in made.buckets]
+    for number, bucket in enumerate(made.buckets):
+        before, left = sum(filled[:number]), sum(filled[number:])
+        most = min(limit * 1e6, max(1e6, min(before, left / 2)))
+        assert filled[number] <= most or len(bucket) == 1
+        if number + 1 < len(made.buckets):
+            assert filled[number] + 4 * sizes[made.buckets[number + 1][0]] > most
+
+
+def test_gpt2s_gradients_begin_early_and_end_soon() -> None:
+    """498 MB in parameters of 1 MB: twice as much each time up to 25, and half of what is left at the end."""
+    made = plan([torch.empty(250_000, device="meta")] * 498, "ring", 1, 25, overlap=True)
+    assert [len(bucket) for bucket in made.buckets] == [1, 1, 2, 4, 8, 16, *[25] * 17, 20, 10, 5, 3, 1, 1, 1]
+
+
 def test_no_bucket_has_two_types() -> None:
     parameters = [torch.empty(3), torch.empty(3, dtype=torch.float64), torch.empty(2, dtype=torch.float64)]
     made = plan(parameters, "ring", 2, 25)

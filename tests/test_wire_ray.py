@@ -36,7 +36,7 @@ from trainers.plan import plan, trainable
 from trainers.ray_trainer import collect, start_ranks
 
 config = RunConfig(
-    strategy="parameter-server", workers={WORKERS}, steps={STEPS}, batch_size=1, bucket_mb=100,
+    strategy="parameter-server", workers={WORKERS}, steps={STEPS}, batch_size=1, bucket_mb=100, overlap=False,
     options={{"layers": 3, "width": 256, "context": 16}},
 )
 model = workload.load(config.workload, config.options, config.seed, config.dtype).model

@@ -42,8 +42,8 @@ def attach(
     """Exchange a model's gradients in every backward pass from now on; all ranks call it alike.
 
     It needs torchrun's environment; a process group that is there already is used, otherwise one is made. All ranks
-    get rank 0's parameters and buffers. `bucket_mb` is in 1e6 bytes; without `overlap` the exchange begins when
-    backward is over; `transport` is tcp, torch (gloo or NCCL), or auto.
+    get rank 0's parameters and buffers. `bucket_mb` is the most that a bucket has, in 1e6 bytes; without `overlap`
+    the exchange begins when backward is over; `transport` is tcp, torch (gloo or NCCL), or auto.
 
     Raises: ConfigError if models or settings differ between ranks, or for what is wrong with the strategy.
     """
@@ -60,7 +60,7 @@ class Attached:
         if "RANK" not in os.environ and not dist.is_initialized():
             raise ConfigError("attach runs under torchrun, one process a rank: torchrun --nproc-per-node 4 script.py")
         self._group = ProcessGroup(device, f"attach {next(_serial)}")
-        self.plan = plan(parameters, strategy, self._group.world_size, bucket_mb)
+        self.plan = plan(parameters, strategy, self._group.world_size, bucket_mb, overlap)
         if self.plan.has_servers:
             raise ConfigError(
                 f"{strategy} updates on servers, which an own loop's optimizer is not; name an all-reduce"
@@ -83,9 +83,7 @@ class Attached:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, 0)
-        self.exchanger = Exchanger(
-            self.plan, self._group.rank, self._group.transport(transport), device, self._group.small()
-        )
+        self.exchanger = Exchanger(self.plan, self._group.rank, self._group.lanes(transport, overlap), device)
         self._handles: list[Handle] = []
         self._buckets = Buckets(parameters, self.plan, self._hand_over, self._comes_by, 1 / self.plan.workers)
         self._overlap, self._syncs, self._called, self._under_way = overlap, True, False, False

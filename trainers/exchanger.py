@@ -1,6 +1,6 @@
 """The one call in which trainers differ: hand over a bucket, get a handle to wait on.
 
-`Exchanger` runs a plan's schedules over a transport, on a thread of its own, so that backward goes on meanwhile;
+`Exchanger` runs a plan's schedules over transports, on threads of their own, so that backward goes on meanwhile;
 `LibraryExchanger` leaves the sums to torch.distributed's own all-reduce.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from distsim import exchanges
+from distsim.schedule import Schedule
 from trainers.exchange import ScheduleRunner
 from trainers.plan import EVALUATION, SMALL, SUMS, Plan
 from trainers.transport import MessageLog, Transport
@@ -69,46 +70,47 @@ GRACE_S = 2.0
 
 
 class Exchanger:
-    """Exchanges one after another, in the order in which they are handed over, on a thread of its own.
+    """Exchanges a plan's buckets and numbers, in lanes: each is a transport and a thread of its own.
 
-    On a CUDA device that is a stream of its own, too: an exchange waits for what was queued when it was handed
-    over, and waiting for it makes the caller's stream wait.
+    Exchanges of one lane follow one another in the order in which they are handed over; with two lanes the links
+    are busy while one exchange turns from what has arrived to what it sends next. On a CUDA device lanes have
+    streams of their own, too: an exchange waits for what was queued when it was handed over, and waiting for it
+    makes the caller's stream wait.
     """
 
-    def __init__(
-        self, plan: Plan, rank: int, transport: Transport, device: torch.device, small: Transport | None = None
-    ) -> None:
-        """`small` is for numbers, if not `transport` itself: on the CPU, so that nobody waits for the GPU for them."""
+    def __init__(self, plan: Plan, rank: int, lanes: Sequence[Transport], device: torch.device) -> None:
+        """Exchanges take the lanes in turn; with CUDA the last one is for numbers alone, which are on the CPU."""
         self.spans: dict[int, tuple[float, float]] = {}
-        self.transport, self._small = transport, small or transport
-        self._small.log = transport.log  # one count of all
-        self._plan, self._device = plan, device
+        self.log = lanes[0].log
+        for each in lanes:
+            each.log = self.log  # one count of all
+        self._plan, self._cpu_lane = plan, device.type == "cuda"
         self._first = plan.first_schedule()
-        evaluation = exchanges.build(SMALL, plan.ranks, SUMS).gradients  # not of a step: its place is behind all others
-        schedules = [*plan.schedules(), evaluation]
-        numbers = self._first[len(plan.buckets)]  # the first schedule that is not a bucket's
-        self._runners = [
-            ScheduleRunner(each, [rank], transport if which < numbers else self._small, which)
-            for which, each in enumerate(schedules)
-        ]
-        self._rank = rank
+        self._lanes = [_Lane(each, rank, device, self.spans) for each in lanes]
+        self._runners: dict[int, tuple[ScheduleRunner, _Lane]] = {}
+        for place, exchange in enumerate(plan.exchanges):
+            for which, schedule in enumerate(exchange.schedules(), self._first[place]):
+                self._run_in(self._lane_of(place), which, schedule, rank)
+        self._evaluation = len(self._runners)  # not of a step: its place is behind all others
+        schedule = exchanges.build(SMALL, plan.ranks, SUMS).gradients
+        self._run_in(self._lanes[-1], self._evaluation, schedule, rank)
         self._numbers: dict[str, Tensor] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="exchanger", daemon=True)
-        self._thread.start()
 
-    @property
-    def log(self) -> MessageLog:
-        return self.transport.log
+    def _lane_of(self, exchange: int) -> _Lane:
+        if self._cpu_lane and exchange >= len(self._plan.buckets):
+            return self._lanes[-1]
+        return self._lanes[exchange % (len(self._lanes) - self._cpu_lane)]
+
+    def _run_in(self, lane: _Lane, which: int, schedule: Schedule, rank: int) -> None:
+        self._runners[which] = ScheduleRunner(schedule, [rank], lane.transport, which), lane
 
     @property
     def staging_bytes(self) -> int:
-        return sum(runner.staging_bytes for runner in self._runners)
+        return sum(runner.staging_bytes for runner, _ in self._runners.values())
 
     def begin(self) -> None:
         self.spans.clear()
-        self.transport.log.restart()
+        self.log.restart()
 
     def reduce(self, exchange: int, tensor: Tensor) -> Handle:
         return self._start(self._first[exchange], tensor)
@@ -117,11 +119,9 @@ class Exchanger:
         return self._start(self._first[exchange] + 1, tensor)
 
     def sum(self, name: str, numbers: Sequence[float]) -> Callable[[], list[float]]:
-        which = -1 if name == EVALUATION else self._first[self._plan.names.index(name)]
+        which = self._evaluation if name == EVALUATION else self._first[self._plan.names.index(name)]
         if name not in self._numbers:
-            self._numbers[name] = torch.empty(
-                len(numbers), dtype=torch.float64, device=self._device if self._small is self.transport else "cpu"
-            )
+            self._numbers[name] = torch.empty(len(numbers), dtype=torch.float64)
         tensor = self._numbers[name]
         tensor.copy_(torch.tensor(numbers, dtype=torch.float64))
         handle = self._start(which, tensor)
@@ -134,36 +134,50 @@ class Exchanger:
         return wait
 
     def barrier(self) -> None:
-        self.transport.barrier()
+        self._lanes[0].transport.barrier()
 
     def close(self, failed: bool = False) -> None:
-        self._jobs.put(None)
-        if failed:
-            self._close()  # wakes the thread up, if it waits for another rank
-        self._thread.join(GRACE_S if failed else None)
-        self._close()
-
-    def _close(self) -> None:
-        for each in {self.transport, self._small}:
-            each.close()
+        for lane in self._lanes:
+            lane.close(failed)
 
     def _start(self, which: int, tensor: Tensor) -> _Job:
-        job = _Job(self._runners[which], tensor, self._stream if tensor.is_cuda else None)
-        self._jobs.put(job)
+        runner, lane = self._runners[which]
+        job = _Job(runner, tensor, lane.stream if tensor.is_cuda else None)
+        lane.jobs.put(job)
         return job
 
+
+class _Lane:
+    """A transport, and a thread that does what is handed over."""
+
+    def __init__(
+        self, transport: Transport, rank: int, device: torch.device, spans: dict[int, tuple[float, float]]
+    ) -> None:
+        self.transport, self._rank, self._device, self._spans = transport, rank, device, spans
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="exchanger", daemon=True)
+        self._thread.start()
+
+    def close(self, failed: bool) -> None:
+        self.jobs.put(None)
+        if failed:
+            self.transport.close()  # wakes the thread up, if it waits for another rank
+        self._thread.join(GRACE_S if failed else None)
+        self.transport.close()
+
     def _work(self) -> None:
-        if self._stream is not None:
+        if self.stream is not None:
             torch.cuda.set_device(self._device)  # which each thread has its own of
         failed: BaseException | None = None
-        while (job := self._jobs.get()) is not None:
+        while (job := self.jobs.get()) is not None:
             began = time.monotonic()
             if failed is None:
                 try:
                     job.run(self._rank)
                 except BaseException as error:  # whoever waits gets it; those behind it cannot succeed any more
                     failed = error
-            self.spans[job.runner.which] = began, time.monotonic()
+            self._spans[job.runner.which] = began, time.monotonic()
             job.end(failed)
 
 

@@ -75,24 +75,23 @@ class ProcessGroup:
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world_size)
         dist.barrier()
 
-    def transport(self, kind: str) -> Transport:
-        """Return what messages go by: tcp (CPU only), or torch, for gloo or NCCL; auto is the fastest there is."""
-        cuda = self.device.type == "cuda"
-        if kind == "auto":
-            kind = "torch" if cuda else "tcp"
-        if kind == "tcp":
-            if cuda:
+    def lanes(self, kind: str, overlap: bool) -> list[Transport]:
+        """Return what an Exchanger's messages go by: tcp (CPU only), or torch, for gloo or NCCL; auto: the faster one.
+
+        With overlap there are two on the CPU; CUDA has one of NCCL, and one of TCP for numbers.
+
+        Raises: ConfigError if this kind cannot move tensors of this device.
+        """
+        if self.device.type == "cuda":
+            if kind == "tcp":
                 raise ConfigError("--transport tcp moves tensors of the CPU; these are on CUDA: use --transport torch")
-            return self._tcp()
-        return TorchTransport(rounds=cuda)
+            return [TorchTransport(rounds=True), self._tcp("numbers")]
+        names = ("lane 0", "lane 1") if overlap else ("lane 0",)
+        return [TorchTransport() if kind == "torch" else self._tcp(name) for name in names]
 
-    def small(self) -> Transport | None:
-        """Return what a few numbers on the CPU go by where messages go between GPUs."""
-        return self._tcp() if self.device.type == "cuda" else None
-
-    def _tcp(self) -> Transport:
-        host = own_address(self._master, self._single_machine)
-        sockets = meet(self.store, self.rank, self.world_size, host, MEETING_TIMEOUT.total_seconds())
+    def _tcp(self, name: str) -> Transport:
+        host, store = own_address(self._master, self._single_machine), PrefixStore(name, self.store)
+        sockets = meet(store, self.rank, self.world_size, host, MEETING_TIMEOUT.total_seconds())
         return TcpTransport(self.rank, sockets, dist.barrier)
 
     def gather(self, result: Result) -> list[Result] | None:

@@ -60,16 +60,22 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def plan(parameters: Sequence[Tensor], strategy: str, workers: int, bucket_mb: float) -> Plan:
+FIRST_BYTES = 1_000_000
+"""With overlap, how large a bucket may be in any case."""
+
+
+def plan(parameters: Sequence[Tensor], strategy: str, workers: int, bucket_mb: float, overlap: bool = False) -> Plan:
     """Share parameters out among buckets of at most `bucket_mb` (1e6 bytes), the last ones first, as backward comes.
 
-    A parameter that is larger has a bucket of its own, and none has two types.
+    A parameter that is larger has a bucket of its own, and none has two types. With overlap the first buckets and
+    the last ones are smaller, so that the exchange starts early and little is left when backward is over: none is
+    larger than all before it together, nor than half of what is left, but 1 MB is always allowed.
 
     Raises: ConfigError for what is wrong with the strategy, or if there is nothing to train.
     """
     if not parameters:
         raise ConfigError("this model has no parameter that requires a gradient")
-    groups = _groups(parameters, bucket_mb)
+    groups = _groups(parameters, bucket_mb * 1e6, overlap)
     sizes = [sum(parameters[place].numel() for place in group) for group in groups]
     found = [exchanges.build(strategy, workers, size) for size in sizes]
     names = [f"bucket {number}" for number in range(len(found))]
@@ -86,16 +92,18 @@ def plan(parameters: Sequence[Tensor], strategy: str, workers: int, bucket_mb: f
     )
 
 
-def _groups(parameters: Sequence[Tensor], bucket_mb: float) -> list[tuple[int, ...]]:
+def _groups(parameters: Sequence[Tensor], most_bytes: float, overlap: bool) -> list[tuple[int, ...]]:
     groups: list[list[int]] = []
-    filled = 0.0
+    filled, limit, before = 0.0, 0.0, 0.0
+    left = float(sum(each.numel() * each.element_size() for each in parameters))
     for place in reversed(range(len(parameters))):
         parameter = parameters[place]
         size_bytes = parameter.numel() * parameter.element_size()
         same = groups and parameters[groups[-1][0]].dtype == parameter.dtype
-        if not same or filled + size_bytes > bucket_mb * 1e6:
+        if not same or filled + size_bytes > limit:
             groups.append([])
-            filled = 0.0
+            before, left, filled = before + filled, left - filled, 0.0
+            limit = min(most_bytes, max(FIRST_BYTES, min(before, left / 2))) if overlap else most_bytes
         groups[-1].append(place)
         filled += size_bytes
     return [tuple(group) for group in groups]

@@ -35,7 +35,7 @@ def run(
     """
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
-    exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb)
+    exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out)
     sizes = [ITEMSIZE[dtype] for dtype in exchanges.dtypes]
     total = sum(each.traffic(size).bytes for each, size in zip(exchanges.exchanges, sizes, strict=True))
@@ -122,12 +122,14 @@ class Rank:
         """Build model and exchanges; return what must be the same on all ranks."""
         self._config = config
         self._workload = workload.load(config.workload, config.options, config.seed, config.dtype)
-        self._plan = plan(trainable(self._workload.model), config.strategy, config.workers, config.bucket_mb)
+        self._plan = plan(
+            trainable(self._workload.model), config.strategy, config.workers, config.bucket_mb, config.overlap
+        )
         return fingerprint(config, self._workload, self._plan, CPU.type)
 
     def train(self, trace_file: str) -> RankResult:
         """Run the training loop to its end; a trace, if one is asked for, is written where rank 0 is."""
-        config, exchanger = self._config, Exchanger(self._plan, self._rank, self._transport, CPU)
+        config, exchanger = self._config, Exchanger(self._plan, self._rank, [self._transport], CPU)
         traces = self._rank == 0 and config.profile > 0
         with profiling.traced(config.profile, Path(trace_file), enabled=traces) as trace:
 

@@ -197,7 +197,7 @@ def _spans(plan: Plan, results: Sequence[RankResult]) -> Spans | None:
     """
     if len({result.machine for result in results}) > 1:
         return None
-    began = min(result.spans[-1][0][0] for result in results)
+    began = min(start for result in results for start, _ in result.spans[-1])
     logs = [result.log for result in results if result.log is not None]
     sent = {key: value for log in logs for key, value in log.sent_s.items()}
     size = {key: value for log in logs for key, value in log.bytes_of.items()}

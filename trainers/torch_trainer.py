@@ -29,7 +29,7 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
     device = local_device()
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
-    exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb)
+    exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out) if rank == 0 else None
 
     with ProcessGroup(device) as group:
@@ -40,7 +40,7 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
         reducer = (
             LibraryExchanger(exchanges, device)
             if config.transport == "library"
-            else Exchanger(exchanges, rank, group.transport(config.transport), device, group.small())
+            else Exchanger(exchanges, rank, group.lanes(config.transport, config.overlap), device)
         )
         metrics = Metrics(
             folder=out if rank == 0 else None,
@@ -76,7 +76,7 @@ def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]
     with ProcessGroup(device) as group:
         group.agree({"device": device.type, "configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
         group.start()
-        transport = group.transport("auto")
+        transport = group.lanes("auto", overlap=False)[0]
         mine = sample(group.rank, group.world_size, transport, sizes, rounds, device)
         transport.close()
         return ("TCP" if device.type == "cpu" else dist.get_backend()), group.gather(mine)
