@@ -28,6 +28,8 @@ from trainers import workload
 from trainers.neighbours import Sample
 from trainers.timing import together_s
 
+SMALL_ELEMENTS = 100
+"""Of the smallest messages that are timed, about those of the numbers that every training step exchanges."""
 ROUNDS = 25
 """Exchanges of each kind; medians of them are fitted. All together take a few seconds."""
 
@@ -135,7 +137,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
         raise ConfigError(
             f"--out {flags.out}: a cluster file is called NAME.yaml; other names are those of shipped ones"
         )
-    sizes = (params // ranks, params)
+    sizes = (SMALL_ELEMENTS, params // ranks, params)
     if os.environ.get("RANK", "0") == "0":
         make_writable(flags.out.parent)
         print(f"calibrating with {ranks} ranks: some 10 s ...", file=sys.stderr)

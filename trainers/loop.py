@@ -140,6 +140,8 @@ def train(
             handle.wait()
         handles.clear()
         exposed_s = time.monotonic() - waits
+        if not config.overlap:
+            reducer.barrier()  # nobody computes on while others still exchange: processes may share cores
 
         factor = expected / precision.scale / max(total, 1.0)
         norm = gradient_norm(buckets.gradients, plan, rank, reducer) * factor
@@ -163,8 +165,8 @@ def train(
         exposed_s += time.monotonic() - waits
 
         synchronize(device)
-        if not config.overlap:
-            reducer.barrier()  # nobody computes on while others still exchange: processes may share cores
+        if flat and not config.overlap:
+            reducer.barrier()
         result.note(reducer, loss_sum / max(total, 1.0), time.monotonic() - began, exposed_s)
         on_step(step, count=int(total), learning_rate=rate, grad_norm=norm, skipped=not finite, **result.last)
         if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and workload.evaluation is not None:
