@@ -232,6 +232,9 @@ found["server"] = complaint(lambda: trainers.attach(model(), "parameter-server:p
 found["frozen"] = complaint(lambda: trainers.attach(frozen))
 found["unknown"] = complaint(lambda: trainers.attach(model(), "rign"))
 found["shapes"] = complaint(lambda: trainers.attach(other))
+freezing = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+freezing[1 - rank].requires_grad_(False)  # as many are trained, but not the same ones
+found["frozen other"] = complaint(lambda: trainers.attach(freezing))
 found["settings"] = complaint(lambda: trainers.attach(model(), "ring", bucket_mb=1 + rank))
 
 from torch.utils.checkpoint import checkpoint
@@ -267,7 +270,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         assert "updates on servers, which an own loop's optimizer is not" in rank["server"]
         assert rank["frozen"] == "this model has no parameter that requires a gradient"
         assert rank["unknown"] == "unknown strategy 'rign'; did you mean 'ring'?"
-        assert "rank 1: parameters is [((4, 3)," in rank["shapes"]
+        assert "rank 1: parameter weight is (4, 3) float32 with a gradient, on rank 0 it is (3, 3)" in rank["shapes"]
+        assert (
+            "rank 1: parameter 0.weight is (2, 2) float32, on rank 0 it is (2, 2) float32 with" in rank["frozen other"]
+        )
         assert "rank 1: bucket_mb is 2, on rank 0 it is 1" in rank["settings"]
         assert rank["not reentrant"] is True
         for case in ("reentrant", "direct"):

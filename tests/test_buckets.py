@@ -212,6 +212,29 @@ def test_nothing_stale_is_handed_over() -> None:
     assert model.right.weight.grad is not None and not model.right.weight.grad.any()
 
 
+def test_what_an_earlier_pass_of_the_step_has_used_stays_used() -> None:
+    """Two backward passes that both hand over, over different branches, before the optimizer's step."""
+    model = Branches()
+    buckets, _ = watched(model)
+    for right in (True, False):
+        buckets.used = [False] * len(buckets.used)
+        buckets.expect_last()
+        torch.autograd.backward(model(torch.ones(2, 4, dtype=torch.float64), right).sum())
+        buckets.finish()
+        buckets.drop(buckets.used)
+    wanted = gradients_of(model, lambda one: sum(one(torch.ones(2, 4, dtype=torch.float64), r).sum() for r in (0, 1)))
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+
+
+def test_types_that_take_turns_do_not_cut_each_others_buckets() -> None:
+    """Layers in bfloat16 with norms in float32 between them."""
+    parameters = [torch.empty(10, dtype=(torch.bfloat16, torch.float32)[place % 2]) for place in range(8)]
+    made = plan(parameters, "ring", 2, 25)
+    assert made.buckets == ((7, 5, 3, 1), (6, 4, 2, 0))  # in the order in which they are completed
+    assert plan(parameters, "ring", 2, 8e-5).buckets == ((7, 5), (3, 1), (6, 4, 2, 0))
+
+
 def test_a_parameter_used_twice_counts_once() -> None:
     model = chain((4, 4))
     buckets, handed = watched(model)

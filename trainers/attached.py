@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distsim.check import check
 from distsim.errors import ConfigError, DistsimError
+from distsim.record import digest
 from trainers.buckets import Buckets
 from trainers.exchanger import Exchanger, Handle
 from trainers.group import ProcessGroup
@@ -74,7 +75,9 @@ class Attached:
                 "overlap": str(overlap),
                 "transport": transport,
                 "device": device.type,
-                "parameters": str([(tuple(each.shape), str(each.dtype)) for each in parameters]),
+                **{f"parameter {name}": _kind(each) for name, each in model.named_parameters()},
+                **{f"buffer {name}": _kind(each) for name, each in model.named_buffers()},
+                "schedule (digest)": digest(self.plan.exchanges),
             }
         )
         self._owns_group = not dist.is_initialized()
@@ -117,11 +120,12 @@ class Attached:
         self._count = (self._count or 0.0) + count
 
     def close(self) -> None:
-        """Stop exchanging, and end what attach has started."""
+        """Stop exchanging, and end what attach has started; after a failed backward pass, without the other ranks."""
         self._buckets.close()
-        if self._owns_group and dist.is_initialized():
+        failed = self._under_way or bool(self._handles)
+        if self._owns_group and dist.is_initialized() and not failed:
             dist.barrier()
-        self.exchanger.close()
+        self.exchanger.close(failed)
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -144,7 +148,6 @@ class Attached:
 
     def _finish(self) -> None:
         """Backward is over: wait for the sums and divide them."""
-        self._under_way = False
         self._buckets.finish()
         weight = 1.0 if self._count is None else self._count
         total, _, *used = self.exchanger.sum(NUMBERS, [weight, 0.0, *map(float, self._buckets.used)])()
@@ -154,4 +157,9 @@ class Attached:
         self._buckets.scale(self.plan.workers / total if total else 1.0)
         self._buckets.drop([bool(flag) for flag in used])
         self._buckets.used = [False] * len(used)
-        self._count = None
+        self._count, self._under_way = None, False
+
+
+def _kind(tensor: Tensor) -> str:
+    trained = " with a gradient" if tensor.requires_grad else ""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{trained}"

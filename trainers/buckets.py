@@ -67,6 +67,7 @@ class Buckets:
         for number in range(self._next, len(self.gradients)):
             for place in self._plan.buckets[number]:
                 if place not in self._multiplied:
+                    self.used[place] |= self.parameters[place].grad is not None  # of an earlier pass, perhaps
                     self._put(place, self._factor)
             self._hand_over(number, self.gradients[number])
         self._next, self._missing = 0, None

@@ -23,8 +23,18 @@ from trainers.transport import Landing, Receive, Send, Transport
 class ScheduleRunner:
     """Executes one schedule, over and over, for the ranks that this process hosts."""
 
-    def __init__(self, schedule: Schedule, ranks: Collection[int], transport: Transport, which: int = 0) -> None:
-        """Sort out this process's part; `which` is the schedule's place in a training step, for the log."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        ranks: Collection[int],
+        transport: Transport,
+        which: int = 0,
+        staging: Staging | None = None,
+    ) -> None:
+        """Sort out this process's part; `which` is the schedule's place in a training step, for the log.
+
+        Runners that never run at once can share their `staging`.
+        """
         self.schedule = schedule
         self.transport = transport
         self.which = which
@@ -54,7 +64,7 @@ class ScheduleRunner:
         changes = np.zeros(schedule.ranks, dtype=bool)
         changes[waits.dst] = True
         self._keeps_input: list[int] = np.flatnonzero(hosted & reads_input & changes).tolist()
-        self._staging = Staging()
+        self._staging = staging or Staging()
         self._sends: dict[int, Send] = {}
         self._bound: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from distsim import exchanges
 from distsim.schedule import Schedule
-from trainers.exchange import ScheduleRunner
+from trainers.exchange import ScheduleRunner, Staging
 from trainers.plan import EVALUATION, SMALL, SUMS, Plan
 from trainers.transport import MessageLog, Transport
 
@@ -102,11 +102,11 @@ class Exchanger:
         return self._lanes[exchange % (len(self._lanes) - self._cpu_lane)]
 
     def _run_in(self, lane: _Lane, which: int, schedule: Schedule, rank: int) -> None:
-        self._runners[which] = ScheduleRunner(schedule, [rank], lane.transport, which), lane
+        self._runners[which] = ScheduleRunner(schedule, [rank], lane.transport, which, lane.staging), lane
 
     @property
     def staging_bytes(self) -> int:
-        return sum(runner.staging_bytes for runner, _ in self._runners.values())
+        return sum(lane.staging.total_bytes for lane in self._lanes)
 
     def begin(self) -> None:
         self.spans.clear()
@@ -155,6 +155,7 @@ class _Lane:
     ) -> None:
         self.transport, self._rank, self._device, self._spans = transport, rank, device, spans
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.staging = Staging()  # one exchange at a time: all of them share it
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="exchanger", daemon=True)
         self._thread.start()

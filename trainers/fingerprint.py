@@ -34,11 +34,11 @@ def fingerprint(config: RunConfig, workload: Workload, plan: Plan, device: str) 
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, types and values of all parameters, in hexadecimal."""
+    """SHA-256 of names, shapes, types and values of all parameters, and of which are trained, in hexadecimal."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

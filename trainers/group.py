@@ -15,7 +15,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from distsim.errors import ConfigError, DistsimError
 from trainers.fingerprint import agree
-from trainers.tcp import TcpTransport, meet, own_address
+from trainers.meeting import meet, own_address
+from trainers.tcp import TcpTransport
 from trainers.transport import TorchTransport, Transport
 
 Result = TypeVar("Result")
@@ -65,7 +66,6 @@ class ProcessGroup:
     def start(self) -> None:
         """Connect the ranks."""
         if self.device.type == "cuda":
-            os.environ.setdefault("NCCL_ALGO", "Ring")  # what --transport library is compared with
             torch.cuda.set_device(self.device)
             dist.init_process_group(
                 "nccl", store=self.store, rank=self.rank, world_size=self.world_size, device_id=self.device

@@ -9,6 +9,7 @@ large batch, however unequal its parts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distsim import exchanges
 from distsim.errors import ConfigError
 from trainers import optimizers
 from trainers.buckets import Buckets, flat_parameters
@@ -72,14 +74,28 @@ class RankResult:
         }
 
 
+ELEMENTWISE = (
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
+    *("RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
+)
+"""Optimizers that update each element by itself."""
+
+
 def check(config: RunConfig, workload: Workload) -> None:
     """Refuse what `train` would refuse, before the ranks meet.
 
-    Raises: ConfigError for an optimizer, a schedule of its learning rate or an order of samples that cannot be.
+    Raises: ConfigError for an optimizer, a schedule of its learning rate or an order of samples that cannot be, or
+    an optimizer that several servers cannot share.
     """
     optimizer = optimizers.build(config.optimizer, trainable(workload.model))
     optimizers.learning_rates(config.schedule, optimizer, config.steps)
     _order(config, workload)
+    name, exchange = config.optimizer.partition(":")[0], exchanges.build(config.strategy, config.workers, 4096)
+    if exchange.parameters is not None and exchange.updates().sum() > 1 and name not in ELEMENTWISE:
+        raise ConfigError(
+            f"--optimizer {name} with {config.strategy}: each of several servers has parts of tensors, and this "
+            f"optimizer may look at whole ones; use one server, or one of {', '.join(ELEMENTWISE)}"
+        )
 
 
 def train(
@@ -111,6 +127,7 @@ def train(
     flat = flat_parameters(parameters, plan) if plan.has_servers else []
     works, updates = rank < plan.workers, bool(plan.exchanges[0].updates()[rank])
     expected = _expected(config, workload)
+    torch.manual_seed(_seed(config.seed, rank))  # of dropout, which is to differ between ranks
     result, updated = RankResult(machine=machine()), 0
 
     for step in range(config.steps):
@@ -127,6 +144,8 @@ def train(
                 buckets.expect_last()
             with precision.autocast():
                 loss = workload.loss(model, to_device(batch, device))
+            if not isinstance(loss, Tensor) or loss.dim():
+                raise ConfigError("the workload's loss must return a sum, a tensor without dimensions")
             torch.autograd.backward(loss * (precision.scale / expected))
             losses += loss.detach()
 
@@ -151,15 +170,17 @@ def train(
             raise ConfigError(f"step {step}: the {what} is not finite; lower the learning rate or set --clip-norm")
         precision.update(finite)
 
+        # The rate for the log, on all ranks: only those that update step their schedule.
         rate = rates.base_lrs[0] * rates.lr_lambdas[0](updated)
         if finite and total:
             updated += 1
             if updates:
-                buckets.scale(factor * min(1.0, (config.clip_norm or math.inf) / norm) if norm else factor)
+                clip = min(1.0, (config.clip_norm or math.inf) / norm) if norm else 1.0
+                buckets.scale(factor * clip)
                 buckets.drop([bool(flag) for flag in used])
                 optimizer.step()
                 rates.step()
-        waits = time.monotonic()
+        waits = time.monotonic()  # where servers have updated, the workers get their parameters now
         for handle in [reducer.share(number, part) for number, part in enumerate(flat)]:
             handle.wait()
         exposed_s += time.monotonic() - waits
@@ -206,13 +227,15 @@ def evaluate(
     device = next(workload.model.parameters()).device
     mine = range(rank, len(samples), config.workers) if rank < config.workers else range(0)
     count, losses = 0, torch.zeros((), dtype=torch.float64, device=device)
+    modes = [(module, module.training) for module in workload.model.modules()]
     workload.model.eval()
     for first in range(0, len(mine), config.batch_size):
         batch = workload.collate([samples[at] for at in mine[first : first + config.batch_size]])
         count += workload.count(batch)
         with precision.autocast():
             losses += workload.loss(workload.model, to_device(batch, device))
-    workload.model.train()
+    for module, training in modes:
+        module.training = training
     total, loss_sum = reducer.sum(EVALUATION, [count, float(losses)])()
     return {"loss": loss_sum / max(total, 1.0), "count": int(total)}
 
@@ -224,6 +247,10 @@ def _expected(config: RunConfig, workload: Workload) -> int:
     """
     each = workload.count(workload.collate([workload.data[0]]))
     return config.workers * config.batch_size * config.accumulate * max(each, 1)
+
+
+def _seed(seed: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:8], "big") >> 1
 
 
 def _gather(workload: Workload, chosen: Sequence[npt.NDArray[np.int64]]) -> list[Any]:

@@ -68,7 +68,7 @@ def meet(store: Store, rank: int, world_size: int, host: str, timeout_s: float =
     `store` is one in which nobody has met yet (a PrefixStore); `host` is this rank's own address. Whoever else
     connects is refused.
 
-    Raises: ConfigError naming the ranks that have not come within `timeout_s` seconds, or that are not who they
+    Raises: DistsimError naming the ranks that have not come within `timeout_s` seconds, or that are not who they
     should be; DistsimError if the store is gone.
     """
     end = time.monotonic() + timeout_s
@@ -78,7 +78,7 @@ def meet(store: Store, rank: int, world_size: int, host: str, timeout_s: float =
         try:
             listener = socket.create_server((host, 0), family=family, backlog=max(128, world_size))
         except OSError as error:
-            raise ConfigError(f"rank {rank} cannot listen on its own address {host}: {error}") from error
+            raise DistsimError(f"rank {rank} cannot listen on its own address {host}: {error}") from error
         with listener:
             undo.callback(_close_all, sockets)
             try:
@@ -122,7 +122,7 @@ def _address_of(store: Store, peer: int, world_size: int, end: float, timeout_s:
         store.wait([f"tcp/address/{peer}"], timedelta(seconds=_left_s(end)))
         host, _, port = store.get(f"tcp/address/{peer}").decode().partition(" ")
     except RuntimeError as error:
-        raise ConfigError(f"rank {peer} of {world_size} has not come within {timeout_s:g} s") from error
+        raise DistsimError(f"rank {peer} of {world_size} has not come within {timeout_s:g} s") from error
     return host, int(port)
 
 
@@ -140,16 +140,16 @@ def _connect(
                 connection.settimeout(_left_s(end))
                 part = connection.recv(ANSWER.size - len(answer))
                 if not part:
-                    raise ConfigError(f"{where} has refused rank {rank}")
+                    raise DistsimError(f"{where} has refused rank {rank}")
                 answer += part
             other_nonce, proof = ANSWER.unpack(answer)
             if not hmac.compare_digest(proof, _proof(secret, b"lower", rank, peer, nonce + other_nonce)):
-                raise ConfigError(f"what answers as {where} is not that rank of this run")
+                raise DistsimError(f"what answers as {where} is not that rank of this run")
             connection.sendall(_proof(secret, b"higher", rank, peer, nonce + other_nonce))
         except TimeoutError as error:
-            raise ConfigError(f"{where} has not answered rank {rank} within {timeout_s:g} s") from error
+            raise DistsimError(f"{where} has not answered rank {rank} within {timeout_s:g} s") from error
         except OSError as error:
-            raise ConfigError(f"rank {rank} cannot connect to {where}: {error}") from error
+            raise DistsimError(f"rank {rank} cannot connect to {where}: {error}") from error
         undo.pop_all()
     return connection
 
@@ -186,7 +186,7 @@ class _Reception:
             while missing := [str(rank) for rank in range(self.rank + 1, self.world_size) if rank not in self.sockets]:
                 now = time.monotonic()
                 if now >= end:
-                    raise ConfigError(
+                    raise DistsimError(
                         f"rank {', '.join(missing)} of {self.world_size} has not come to rank {self.rank} "
                         f"within {timeout_s:g} s"
                     )

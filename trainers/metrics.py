@@ -66,8 +66,9 @@ class Metrics:
     ) -> None:
         """Report a step: in seconds what ends in _s; messages and bytes are those that this rank has sent.
 
-        loss: the mean over the step's `count` tokens, of all ranks. exposed_s: the part of exchange_s that nothing
-        else covered. skipped: left out for a gradient that was not finite. None: not known.
+        loss: the mean over the step's `count` tokens, of all ranks. exchange_s: the sum over the step's exchanges, of
+        which two may run at once. exposed_s: how long the rank had nothing else to do. skipped: left out for a gradient
+        that was not finite. None: not known.
         """
         self._skipped += skipped
         speed = count / step_s if step_s > 0 else math.nan

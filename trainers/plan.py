@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 
 from distsim import exchanges
@@ -60,8 +61,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-FIRST_BYTES = 1_000_000
-"""With overlap, how large a bucket may be in any case."""
+ALWAYS_BYTES = 1_000_000
+"""With overlap, how large a bucket may be wherever it comes, if `bucket_mb` allows it."""
 
 
 def plan(parameters: Sequence[Tensor], strategy: str, workers: int, bucket_mb: float, overlap: bool = False) -> Plan:
@@ -94,16 +95,18 @@ def plan(parameters: Sequence[Tensor], strategy: str, workers: int, bucket_mb: f
 
 def _groups(parameters: Sequence[Tensor], most_bytes: float, overlap: bool) -> list[tuple[int, ...]]:
     groups: list[list[int]] = []
-    filled, limit, before = 0.0, 0.0, 0.0
-    left = float(sum(each.numel() * each.element_size() for each in parameters))
+    open_of: dict[tuple[torch.dtype, torch.device], tuple[list[int], float]] = {}  # a group, and what it may still get
+    handed, left = 0.0, float(sum(each.numel() * each.element_size() for each in parameters))
     for place in reversed(range(len(parameters))):
         parameter = parameters[place]
-        size_bytes = parameter.numel() * parameter.element_size()
-        same = groups and parameters[groups[-1][0]].dtype == parameter.dtype
-        if not same or filled + size_bytes > limit:
-            groups.append([])
-            before, left, filled = before + filled, left - filled, 0.0
-            limit = min(most_bytes, max(FIRST_BYTES, min(before, left / 2))) if overlap else most_bytes
-        groups[-1].append(place)
-        filled += size_bytes
-    return [tuple(group) for group in groups]
+        kind, size_bytes = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
+        group, room = open_of.get(kind, ([], 0.0))
+        if not group or size_bytes > room:
+            group, room = [], most_bytes
+            if overlap:
+                room = min(most_bytes, max(ALWAYS_BYTES, min(handed, left / 2)))
+            groups.append(group)
+        group.append(place)
+        open_of[kind] = group, room - size_bytes
+        handed, left = handed + size_bytes, left - size_bytes
+    return sorted((tuple(group) for group in groups), key=lambda group: -group[-1])  # as they are completed

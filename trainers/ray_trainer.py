@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -108,7 +109,7 @@ class Rank:
         torch.set_num_threads(1)
         self._rank = rank
         self._mailbox = Mailbox()
-        self._told: list[tuple[str, int, dict[str, Any]]] = []
+        self._told: deque[tuple[str, int, dict[str, Any]]] = deque()
 
     def connect(self, peers: list[Any]) -> None:
         """Learn the handles of all ranks."""
@@ -149,8 +150,7 @@ class Rank:
 
     def progress(self) -> list[tuple[str, int, dict[str, Any]]]:
         """Return the steps and evaluations since the last time."""
-        told, self._told = self._told, []
-        return told
+        return [self._told.popleft() for _ in range(len(self._told))]
 
     def _note(self, kind: str, step: int, seen: dict[str, Any]) -> None:
         self._told.append((kind, step, seen))

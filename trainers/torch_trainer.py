@@ -35,6 +35,8 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
     with ProcessGroup(device) as group:
         group.agree(fingerprint(config, work, exchanges, device.type))
         utilisation = report.utilisation(work, config, device) if rank == 0 else 0.0  # while the others wait
+        if config.transport == "library":
+            os.environ.setdefault("NCCL_ALGO", "Ring")  # the algorithm that the schedule is compared with
         group.start()
         work.model.to(device)
         reducer = (
