@@ -39,17 +39,17 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
             os.environ.setdefault("NCCL_ALGO", "Ring")  # the algorithm that the schedule is compared with
         group.start()
         work.model.to(device)
-        reducer = (
-            LibraryExchanger(exchanges, device)
-            if config.transport == "library"
-            else Exchanger(exchanges, rank, group.lanes(config.transport, config.overlap), device)
-        )
         metrics = Metrics(
             folder=out if rank == 0 else None,
             name=report.file_name(config),
             steps=config.steps,
             tensorboard=tensorboard,
             show=rank == 0,
+        )
+        reducer = (
+            LibraryExchanger(exchanges, device)
+            if config.transport == "library"
+            else Exchanger(exchanges, rank, group.lanes(config.transport, config.overlap), device)
         )
         on_step = report.follow(metrics, utilisation, config)
         trace_file = out / f"{report.file_name(config)}.trace.json"
@@ -78,7 +78,8 @@ def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]
     with ProcessGroup(device) as group:
         group.agree({"device": device.type, "configuration: sizes": str(sizes), "configuration: rounds": str(rounds)})
         group.start()
-        transport = group.lanes("auto", overlap=False)[0]
-        mine = sample(group.rank, group.world_size, transport, sizes, rounds, device)
-        transport.close()
+        lanes = group.lanes("auto", overlap=False)
+        mine = sample(group.rank, group.world_size, lanes[0], sizes, rounds, device)
+        for lane in lanes:
+            lane.close()
         return ("TCP" if device.type == "cpu" else dist.get_backend()), group.gather(mine)
