@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from benchmarks import building, full_ring, gpt2, links, peers, report, speed, symmetric, training, transports
+from benchmarks import building, full_ring, gpt2, links, offload, peers, report, speed, symmetric, training, transports
 from benchmarks.report import Table
 from distsim.errors import DistsimError
 
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], list[Table]]] = {
     "training": training.measure,
     "links": links.measure,
     "gpt2": gpt2.measure,
+    "offload": offload.measure,
 }
 
 

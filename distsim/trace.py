@@ -84,7 +84,7 @@ def write(simulation: Simulation, path: Path) -> None:
             f"a trace of {messages:,} messages is too large to be looked at; expected at most {MOST:,}: "
             "use fewer ranks (a ring of n has 2n(n-1) messages), fewer channels or fewer chunks"
         )
-    with _written_whole(path) as file:
+    with written_whole(path) as file:
         about = json.dumps({"simulator": "distsim", "exchange": simulation.exchange.strategy})
         file.write(f'{{"displayTimeUnit":"ns","otherData":{about},"traceEvents":[\n')
         for number, event in enumerate(_events(simulation)):
@@ -97,7 +97,7 @@ def _events(simulation: Simulation) -> Iterator[str]:
     ranks, devices = simulation.exchange.ranks, simulation.cluster.devices
     for process in range(ranks + 1):
         name = f"rank {process} ({devices[process]})" if process < ranks else "network"
-        yield _metadata("process", process, 0, name, process)
+        yield metadata("process", process, 0, name, process)
     table = _table(simulation)
     threads = 0
     for slices in _slices(simulation):
@@ -111,16 +111,16 @@ def _events(simulation: Simulation) -> Iterator[str]:
             if not spare:
                 lanes += 1
                 title = slices.thread + (f" #{lanes}" if lanes > 1 else "")
-                yield _metadata("thread", slices.process, threads + lanes, title, threads + lanes)
+                yield metadata("thread", slices.process, threads + lanes, title, threads + lanes)
                 heappush(spare, threads + lanes)
             thread = heappop(spare)
             heappush(busy, (end, thread))
             where = f'"pid":{slices.process + 1},"tid":{thread}'
-            span = f'"ts":{_us(begin)},"dur":{_us(end - begin)}'
+            span = f'"ts":{microseconds(begin)},"dur":{microseconds(end - begin)}'
             yield f'{{"ph":"X","cat":"{slices.kind}","name":"{name}",{where},{span},"args":{{{details}}}}}'
             if slices.kind in ("send", "receive"):
                 phase = '"ph":"s"' if slices.kind == "send" else '"ph":"f","bp":"e"'
-                middle = _us((begin + end) // 2)  # where no neighbour of the slice can be meant
+                middle = microseconds((begin + end) // 2)  # where no neighbour of the slice can be meant
                 yield f'{{{phase},"cat":"message","name":"message","id":{number + 1},{where},"ts":{middle}}}'
         threads += lanes
 
@@ -212,20 +212,26 @@ def _labels(simulation: Simulation, table: Table, slices: Slices) -> Iterator[tu
         yield number, f"{title[which]}step {step}: {post}{chunks} {where}, {format_bytes(size)}", details
 
 
-def _metadata(what: str, process: int, thread: int, name: str, place: int) -> str:
-    """Name a process or a thread, and say where in order it stands."""
+def metadata(what: str, process: int, thread: int, name: str, place: int) -> str:
+    """Return events that name a process or a thread, and say where in order it stands."""
     where = f'"ph":"M","pid":{process + 1},"tid":{thread}'
     named = f'{{"name":"{what}_name",{where},"args":{{"name":{json.dumps(name)}}}}}'
     return f'{named},\n{{"name":"{what}_sort_index",{where},"args":{{"sort_index":{place}}}}}'
 
 
-def _us(time_ns: int) -> str:
+def microseconds(time_ns: int) -> str:
+    """Return a time as traces have it."""
     return f"{time_ns // 1000}.{time_ns % 1000:03d}"
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    """Yield a file to write to; it takes its place once all is written, as with `files.write_whole`."""
+def written_whole(path: Path) -> Iterator[IO[str]]:
+    """Yield a file to write to; it takes its place once all is written, as with `files.write_whole`.
+
+    It is compressed if its name ends in .gz.
+
+    Raises: ConfigError naming the file if it cannot be written.
+    """
     partial = path.parent / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"check", "bounds", "exchanges", "formulas", "loop", "taskgraph", "engine", "chain"}),
     frozenset({"network", "symmetry", "lower", "failure", "step"}),
     frozenset({"critical", "trace", "record", "diff"}),
-    frozenset({"api", "sweeps", "journal", "executors"}),
+    frozenset({"api", "sweeps", "journal", "executors", "memory"}),
     frozenset({"commands", "cli", "__main__", "__init__"}),
 )
 # What each package may import besides itself and the standard library.
@@ -36,7 +36,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "trainers": frozenset({"distsim", "numpy", "pydantic", "ray", "tabulate", "torch", "tqdm", "yaml"}),
     "analysis": frozenset({"distsim", "matplotlib", "numpy", "tabulate"}),
-    "benchmarks": frozenset({"distsim", "numpy", "simpy", "torch", "trainers"}),
+    "benchmarks": frozenset({"distsim", "numpy", "safetensors", "scipy", "simpy", "torch", "trainers"}),
     "cluster_configs": frozenset(),
 }
 RAY_FILES = "trainers/ray_*.py"  # the parameter server's home; the other strategies need no Ray
