@@ -180,6 +180,16 @@ def test_memory_is_what_is_resident_with_outputs_and_temporaries(tmp_path: Path)
     assert found.time == chain.plain_time + 1
 
 
+def test_what_is_dropped_late_is_there_until_then(tmp_path: Path) -> None:
+    chain = chain_of(THREE, tmp_path)
+    early = parse("F_1 F_2 F_3 LOSS D_3 B_3 D_2 B_2 D_1 B_1", 3)
+    late = parse("F_1 F_2 F_3 LOSS B_3 D_3 B_2 D_2 D_1 B_1", 3)
+    assert replay(chain, early).peak_memory == 5 + 6 + 7 + 8 + 8
+    found = replay(chain, late)
+    assert found.peak_memory == 5 + 6 + 7 + 8 + 8 + 7
+    assert replay(chain, late, found.peak_memory).peak_memory == found.peak_memory
+
+
 def test_transfers_run_beside_and_hold_memory_until_they_end(tmp_path: Path) -> None:
     chain = chain_of({**DISK, "write": [9, 9, 9], "read": [15, 15, 15]}, tmp_path)
     plan = made(chain, "F_1 W_1 F_2 F_3 LOSS B_3 R_1 B_2 B_1")

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distsim.errors import ConfigError
-from trainers.workload import Workload, data_digest, load
-from trainers.workloads import digits, language_model
+from trainers.workload import Workload, data_digest, load, sequence
+from trainers.workloads import BUILT_IN, digits, language_model, mlp, resnet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -149,8 +149,8 @@ def test_a_text_of_ones_own(tmp_path: Path) -> None:
     [
         ({"width": 33}, "width must be a multiple of 32 (the width of a head), not 33"),
         ({"width": 0}, "width must be a multiple of 32 (the width of a head), not 0"),
-        ({"layers": 0}, "layers and context must be at least 1, not 0 and 128"),
-        ({"context": 0}, "layers and context must be at least 1, not 4 and 0"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"context": 0}, "context must be at least 1, not 0"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, not 1.0"),
         ({"dropout": "nan"}, "dropout must be at least 0 and less than 1, not nan"),
         ({"text": "none.txt"}, "text=none.txt: cannot read it: No such file or directory"),
@@ -265,10 +265,26 @@ def test_options_of_digits(options: dict[str, object], message: str) -> None:
     assert refused("digits", options) == f"--workload digits: {message}"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    [
+        ("resnet", {"width": 4, "samples": 4}, 2 + 8),
+        ("resnet", {"depth": 152, "width": 1, "samples": 4}, 2 + 50),
+        ("mlp", {"widths": "8-4", "samples": 4}, 3),
+        ("language-model", {"layers": 2, "width": 32, "context": 16}, 2),
+    ],
+)
+def test_layers_that_memory_plans_apply_to(name: str, options: dict[str, object], layers: int) -> None:
+    assert len(sequence(load(name, options, 0, "float32"))) == layers
+
+
 def test_built_in_workloads_are_examples_of_ones_own() -> None:
-    """Each module has `build` and `loss`, as a user's would, and names no other module of the trainers."""
-    for module in (language_model, digits):
+    """Each module has `build` and `loss`, as a user's would, and names none of the trainers but siblings."""
+    modules = (language_model, digits, mlp, resnet)
+    assert [f"{module.__name__}:build" for module in modules] == list(BUILT_IN.values())
+    for module in modules:
         assert callable(module.build) and callable(module.loss)
         tree = ast.parse(Path(module.__file__ or "").read_text())
         taken = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-        assert {name for name in taken if name.startswith("trainers")} == {"trainers.workload"}
+        others = {name for name in taken if name.startswith("trainers") and not name.startswith("trainers.workloads")}
+        assert others == {"trainers.workload"}

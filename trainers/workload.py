@@ -73,6 +73,9 @@ class Workload:
     """Samples that are not trained on."""
     data_name: str = ""
     """What the data are, for the record; `load` fills it in where it is empty."""
+    layers: str | None = None
+    """The nn.Sequential that memory plans apply to, by its name in the model (`blocks`, `encoder.layers`); None: the
+    model itself."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError if there is nothing to train, or nothing to train it on."""
@@ -117,6 +120,31 @@ def load(workload: str, options: Mapping[str, object], seed: int, dtype: str) ->
         )
     made.model.to(getattr(torch, dtype))
     return replace(made, data_name=made.data_name or f"the data of {workload}")
+
+
+def sequence(workload: Workload) -> nn.Sequential:
+    """Return the layers that memory plans apply to.
+
+    Raises: ConfigError if the model has no such part, or if it is no nn.Sequential, or an empty one.
+    """
+    parts = dict(workload.model.named_modules())
+    sequences = [name for name, part in parts.items() if name and isinstance(part, nn.Sequential)]
+    choice = f"; its nn.Sequential parts: {', '.join(sequences[:8])}" if sequences else "; no part of it is one"
+    name = workload.layers or ""
+    found = parts.get(name)
+    if found is None:
+        hint = nearest(name, sequences if sequences else list(parts)[1:])
+        raise ConfigError(f"the workload's layers={shown(name)} are no part of its model{hint}")
+    if not isinstance(found, nn.Sequential):
+        if not name:
+            raise ConfigError(
+                f"a memory plan needs an nn.Sequential, and the model is {_kind(found)}; give Workload "
+                f"layers=, the name of one in it{choice}"
+            )
+        raise ConfigError(f"the workload's layers={shown(name)} must be an nn.Sequential, not {_kind(found)}{choice}")
+    if not len(found):
+        raise ConfigError(f"the workload's layers={shown(name)} must have layers; this nn.Sequential has none")
+    return found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,7 +1,8 @@
 """The checker of all plans: replays one, operation by operation, and says what it takes.
 
 Operations are issued in the plan's order. Each starts as soon as its engine is free, what it reads is there and what
-it allocates fits; memory is given out in the plan's order. What is dropped is free once nobody reads it any more.
+it allocates fits; memory is given out in the plan's order. What is dropped is free once nobody reads it any more, and
+what was issued before the drop has ended.
 With `overlap="none"` all operations are on one engine, with "full" computing, writing and reading have one each, and
 with "half" writes and reads share one. So the times follow from the order alone.
 """
@@ -101,6 +102,7 @@ class _Run:
         self.next_backward = chain.layers
         self.on_disk: dict[tuple[int, bool], int] = {}  # (layer, whole) -> row that wrote it
         self.last_on = [-1, -1, -1]
+        self.issued = -1  # the last row that is no drop
         self.used = float(chain.size[0])
         self.frees: list[tuple[float, int, float]] = []  # (when, row that ends then, how much)
         self.freed_by = [-1, -1, -1]  # per engine: the last row whose end has given memory back
@@ -128,7 +130,7 @@ class _Run:
             before += [each for each in self.freed_by if each >= 0]
         self.waits |= {(each, row) for each in before}
         self.start[row], self.finish[row], self.engine[row] = at, at + time, engine
-        self.last_on[engine] = row
+        self.last_on[engine] = self.issued = row
 
         self.changes.append((at, row, 0, stays + tmp))
         if tmp:
@@ -235,8 +237,8 @@ class _Run:
         held.size, held.whole = rest, False
 
     def let_go(self, held: _Held, size: float) -> None:
-        """Free it as soon as it has been made and all who read it have ended."""
-        by = max((held.made_by, *held.readers), key=lambda each: (self.finish[each], each))
+        """Free it as soon as it has been made, and all who read it, and what was issued last, have ended."""
+        by = max((held.made_by, *held.readers, self.issued), key=lambda each: (self.finish[each], each))
         self.free(float(self.finish[by]), by, size)
 
     def refuse(self, row: int, op: Op, layer: int, why: str) -> NoReturn:

@@ -3,4 +3,6 @@
 BUILT_IN = {
     "language-model": "trainers.workloads.language_model:build",
     "digits": "trainers.workloads.digits:build",
+    "mlp": "trainers.workloads.mlp:build",
+    "resnet": "trainers.workloads.resnet:build",
 }

@@ -28,31 +28,39 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def build(
-    *, layers: int = 4, width: int = 128, context: int = 128, dropout: float = 0.0, text: str | None = None
+    *,
+    layers: int = 4,
+    width: int = 128,
+    head_width: int = HEAD_WIDTH,
+    context: int = 128,
+    dropout: float = 0.0,
+    text: str | None = None,
 ) -> Workload:
     """Build model and data: bytes of a file, or of the standard library of Python, which is on every machine.
 
     Raises: ConfigError for sizes that no model has, and for a text that cannot be read or is too short.
     """
-    if layers < 1 or context < 1:
-        raise ConfigError(f"layers and context must be at least 1, not {layers} and {context}")
-    if width < HEAD_WIDTH or width % HEAD_WIDTH:
-        raise ConfigError(f"width must be a multiple of {HEAD_WIDTH} (the width of a head), not {width}")
+    for name, value in (("layers", layers), ("context", context), ("head_width", head_width)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    if width < head_width or width % head_width:
+        raise ConfigError(f"width must be a multiple of {head_width} (the width of a head), not {width}")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and less than 1, not {dropout}")
-    name, documents = _standard_library() if text is None else (text, [_file(text)])
+    origin, documents = _standard_library() if text is None else (text, [_file(text)])
     everything = Pieces(documents, context)
     if not len(everything):
-        raise ConfigError(f"text={name}: there is nothing to learn from fewer than 2 bytes")
+        raise ConfigError(f"text={origin}: there is nothing to learn from fewer than 2 bytes")
     train, held_out = split(everything)
     return Workload(
-        model=LanguageModel(layers, width, context, dropout),
+        model=LanguageModel(layers, width, context, dropout, head_width=head_width),
         data=train,
         loss=loss,
         count=lambda batch: int((batch[1] != NO_TARGET).sum()),
         collate=lambda samples: collate(samples, context),
         evaluation=held_out if len(held_out) else None,
-        data_name=name,
+        data_name=origin,
+        layers="blocks",
     )
 
 
