@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from distsim.allocator import keep_freed_memory
-from distsim.commands import algorithms, check, clusters, compare, diff, exchange, sweep
+from distsim.commands import algorithms, check, clusters, compare, diff, exchange, memory, sweep
 from distsim.errors import ConfigError, DistsimError
 from distsim.version import __version__
 
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="distsim", description="Check and simulate the gradient exchanges of training.")
+    parser = Parser(prog="distsim", description="Plan, check and simulate the gradient exchanges and the memory of training.")
     parser.add_argument("--version", action="version", version=f"distsim {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (exchange, compare, sweep, check, algorithms, clusters, diff):
+    for command in (exchange, compare, sweep, memory, check, algorithms, clusters, diff):
         command.add(commands)
     return parser
 
