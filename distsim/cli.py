@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="distsim", description="Plan, check and simulate the gradient exchanges and the memory of training.")
+    parser = Parser(prog="distsim", description="Plan, check and simulate gradient exchanges and memory.")
     parser.add_argument("--version", action="version", version=f"distsim {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (exchange, compare, sweep, memory, check, algorithms, clusters, diff):
