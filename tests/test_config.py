@@ -39,6 +39,12 @@ WRONG: list[tuple[str, object, str]] = [
     ("precision", "fp8", "--precision must be full or bf16 or fp16, not 'fp8'; did you mean 'fp16'?"),
     ("compile", "yes", "--compile must be true or false, not 'yes'"),
     ("compile", 1, "--compile must be true or false, not 1"),
+    ("memory_budget", "2 GHz", "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not '2 GHz'"),
+    ("memory_budget", "0", "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not '0'"),
+    ("memory_budget", "0.1 B", "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not '0.1 B'"),
+    ("memory_budget", True, "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not True"),
+    ("offload", " ", "--offload must be none, host or a folder, not ' '"),
+    ("offload", None, "--offload must be none, host or a folder, not None"),
     ("bucket_mb", "25 MB", "--bucket-mb must be a positive number, not '25 MB'"),
     ("bucket_mb", "inf", "--bucket-mb must be a positive number, not 'inf'"),
     ("bucket_mb", True, "--bucket-mb must be a positive number, not True"),
@@ -51,10 +57,19 @@ WRONG: list[tuple[str, object, str]] = [
     (
         "workload",
         "digit",
-        "--workload must be language-model, digits or MODULE:FUNCTION of your own, not 'digit'; did you mean 'digits'?",
+        "--workload must be language-model, digits, mlp, resnet or MODULE:FUNCTION of your own, not 'digit'; "
+        "did you mean 'digits'?",
     ),
-    ("workload", "a b:c", "--workload must be language-model, digits or MODULE:FUNCTION of your own, not 'a b:c'"),
-    ("workload", "a:", "--workload must be language-model, digits or MODULE:FUNCTION of your own, not 'a:'"),
+    (
+        "workload",
+        "a b:c",
+        "--workload must be language-model, digits, mlp, resnet or MODULE:FUNCTION of your own, not 'a b:c'",
+    ),
+    (
+        "workload",
+        "a:",
+        "--workload must be language-model, digits, mlp, resnet or MODULE:FUNCTION of your own, not 'a:'",
+    ),
     ("options", "layers", "--options must be KEY=VALUE,..., as in layers=4,width=128, not 'layers'"),
     ("options", "layers=4,", "--options must be KEY=VALUE,..., as in layers=4,width=128, not 'layers=4,'"),
     ("options", "a=1,b=2,a=3", "--options must have each key once, but a is there twice"),
@@ -89,6 +104,15 @@ def test_every_field_has_a_wrong_value_above() -> None:
         (
             {"precision": "bf16", "dtype": "float64"},
             "--precision bf16 computes in less than the parameters have; use --dtype float32",
+        ),
+        (
+            {"offload": "host"},
+            "--offload host is for what does not fit into a --memory-budget; give one",
+        ),
+        (
+            {"memory_budget": "2GiB", "compile": True},
+            "--memory-budget runs layers one by one, some of them again, and --compile makes one function of them; "
+            "leave one of the two out",
         ),
         (
             {"strategy": "parameter-server", "transport": "tcp"},
@@ -151,8 +175,18 @@ values_of_options = (
 keys = st.from_regex("[a-z_][a-zA-Z_0-9]{0,9}", fullmatch=True)
 specs = st.text(min_size=1).filter(str.strip)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+together = st.sampled_from(
+    (
+        {"memory_budget": None, "offload": "none", "compile": True},
+        {"memory_budget": None, "offload": "none", "compile": False},
+        {"memory_budget": 1, "offload": "none", "compile": False},
+        {"memory_budget": "2GiB", "offload": "host", "compile": False},
+        {"memory_budget": 2**53, "offload": "a/ größer folder", "compile": False},
+    )
+)
 configs = st.builds(
-    RunConfig,
+    lambda together, **others: RunConfig(**together, **others),
+    together=together,
     strategy=st.sampled_from(("ring", "ring:channels=2,bidirectional=true", "hierarchical:node=1", "double-tree")),
     workers=st.integers(1, 64),
     workload=st.sampled_from(("language-model", "digits", "package.module:build", "größe:bauen")),
@@ -164,7 +198,6 @@ configs = st.builds(
     optimizer=specs,
     schedule=specs,
     clip_norm=st.none() | positive,
-    compile=st.booleans(),
     bucket_mb=positive,
     overlap=st.booleans(),
     precision=st.sampled_from(("full", "bf16", "fp16")),
@@ -211,7 +244,10 @@ def test_a_file_need_not_give_all(tmp_path: Path) -> None:
         ("steps:\n", ":1: steps: must be a whole number, not ''"),
         ("strategy: rign\n", ":1: strategy: cannot be used: unknown strategy 'rign'; did you mean 'ring'?"),
         ("strategy: [ring]\n", ":1: strategy: cannot be used: must be a name with options"),
-        ("workload: {a: b}\n", ":1: workload: must be language-model, digits or MODULE:FUNCTION of your own, not {"),
+        (
+            "workload: {a: b}\n",
+            ":1: workload: must be language-model, digits, mlp, resnet or MODULE:FUNCTION of your own, not {",
+        ),
         ("uneven: {a: b}\n", ":1: uneven: must be join or drop, not {'a': 'b'}"),
         ("seed: 1\noptions:\n  layers: 1\n  width: [2]\n", ":2: options: must have one value for width, not ['2']"),
         ("options: [a]\n", ":1: options: must be a mapping, as in {layers: 4, width: 128}, not ['a']"),

@@ -36,7 +36,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "trainers": frozenset({"distsim", "numpy", "pydantic", "ray", "tabulate", "torch", "tqdm", "yaml"}),
     "analysis": frozenset({"distsim", "matplotlib", "numpy", "tabulate"}),
-    "benchmarks": frozenset({"distsim", "numpy", "safetensors", "scipy", "simpy", "torch", "trainers"}),
+    "benchmarks": frozenset(
+        {"checkpoint_schedules", "distsim", "numpy", "safetensors", "scipy", "simpy", "torch", "trainers"}
+    ),
     "cluster_configs": frozenset(),
 }
 RAY_FILES = "trainers/ray_*.py"  # the parameter server's home; the other strategies need no Ray

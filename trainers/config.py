@@ -16,7 +16,7 @@ from typing import Any
 
 from distsim.errors import ConfigError, nearest
 from distsim.exchanges import STRATEGIES, parse, ranks_of
-from distsim.units import shown
+from distsim.units import parse_size, shown
 from trainers.workloads import BUILT_IN
 
 WARM_UP = 2
@@ -57,6 +57,25 @@ def _positive_or_none(given: object) -> float | None:
         return _positive(given)
     except ConfigError:
         raise ConfigError(f"must be a positive number or none, not {shown(given)}") from None
+
+
+def _size_or_none(given: object) -> int | None:
+    if given in (None, "none"):
+        return None
+    try:
+        bare = not isinstance(given, bool) and re.fullmatch("[0-9]{1,16}", str(given))
+        value = int(str(given)) if bare else parse_size(given)
+    except ConfigError:
+        value = 0
+    if value < 1:
+        raise ConfigError(f"must be bytes, as in 2GiB or 20000000, or none, not {shown(given)}")
+    return value
+
+
+def _place(given: object) -> str:
+    if not isinstance(given, str | Path) or not str(given).strip():
+        raise ConfigError(f"must be none, host or a folder, not {shown(given)}")
+    return str(given)
 
 
 def _flag(given: object) -> bool:
@@ -194,6 +213,18 @@ class RunConfig:
         ),
     )
     compile: bool = field(default=False, metadata=_about(_flag, "compile the model with torch.compile"))
+    memory_budget: int | None = field(
+        default=None,
+        metadata=_about(
+            _size_or_none,
+            "bytes, as in 2GiB, for the activations and their gradients of one micro-batch in the workload's layers: "
+            "they are measured and planned, to keep, recompute or offload; none: all is kept",
+        ),
+    )
+    offload: str = field(
+        default="none",
+        metadata=_about(_place, "where a memory budget may copy activations to: none, host (its memory) or a folder"),
+    )
     bucket_mb: float = field(
         default=25.0, metadata=_about(_positive, "gradients exchanged together, in MB of 1e6 bytes")
     )
@@ -229,6 +260,13 @@ class RunConfig:
             raise ConfigError(
                 f"--profile {self.profile}: with {WARM_UP} steps of warm-up that takes {self.profile + WARM_UP} steps, "
                 f"and --steps is {self.steps}"
+            )
+        if self.offload != "none" and self.memory_budget is None:
+            raise ConfigError(f"--offload {self.offload} is for what does not fit into a --memory-budget; give one")
+        if self.memory_budget is not None and self.compile:
+            raise ConfigError(
+                "--memory-budget runs layers one by one, some of them again, and --compile makes one function of them; "
+                "leave one of the two out"
             )
         if self.precision != "full" and self.dtype != "float32":
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from distsim.errors import DistsimError
 from distsim.schedule import ITEMSIZE
-from trainers import profiling, report, workload
+from trainers import budget, profiling, report, workload
 from trainers.config import RunConfig
 from trainers.exchanger import Exchanger
 from trainers.fingerprint import Fingerprint, agree, fingerprint
@@ -36,6 +36,7 @@ def run(
     """
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
+    budget.check(config, work)
     exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out)
     sizes = [ITEMSIZE[dtype] for dtype in exchanges.dtypes]
@@ -46,6 +47,9 @@ def run(
         with session(address, total):
             actors = start_ranks(exchanges.ranks)
             agree(collect([actor.prepare.remote(config) for actor in actors]))
+            if config.memory_budget is not None:
+                (planned,) = collect([actors[0].plan_memory.remote()])
+                collect([actor.apply_memory.remote(planned) for actor in actors[: config.workers]])
             on_step = report.follow(metrics, report.utilisation(work, config, CPU), config)
             running = [actor.train.remote(str(out / f"{name}.trace.json")) for actor in actors]
 
@@ -55,9 +59,10 @@ def run(
 
             results: list[RankResult] = collect(running, follow)
             follow()
+            seen = ray.get(actors[0].memory.remote())
     finally:
         metrics.close()
-    return report.finish(report.measured(config, exchanges, work, results, CPU.type), predicted, out)
+    return report.finish(report.measured(config, exchanges, work, results, CPU.type, seen), predicted, out)
 
 
 def calibrate(ranks: int, sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
@@ -110,6 +115,7 @@ class Rank:
         self._rank = rank
         self._mailbox = Mailbox()
         self._told: deque[tuple[str, int, dict[str, Any]]] = deque()
+        self._memory: budget.Memory | None = None
 
     def connect(self, peers: list[Any]) -> None:
         """Learn the handles of all ranks."""
@@ -128,11 +134,25 @@ class Rank:
         )
         return fingerprint(config, self._workload, self._plan, CPU.type)
 
+    def plan_memory(self) -> budget.Planned:
+        """Measure and plan the layers, for all workers."""
+        return budget.plan(self._config, self._workload, CPU)
+
+    def apply_memory(self, planned: budget.Planned) -> None:
+        """Run the layers by a plan from now on."""
+        self._memory = budget.Memory(self._config, self._workload, planned, self._rank)
+
+    def memory(self) -> dict[str, Any] | None:
+        """Return what the record says of the plan, if there is one."""
+        return None if self._memory is None else self._memory.seen()
+
     def train(self, trace_file: str) -> RankResult:
         """Run the training loop to its end; a trace, if one is asked for, is written where rank 0 is."""
         config, exchanger = self._config, Exchanger(self._plan, self._rank, [self._transport], CPU)
         traces = self._rank == 0 and config.profile > 0
-        with profiling.traced(config.profile, Path(trace_file), enabled=traces) as trace:
+        with profiling.traced(config.profile, Path(trace_file), enabled=traces) as trace, ExitStack() as ends:
+            if self._memory is not None:
+                ends.callback(self._memory.close)
 
             def on_step(step: int, **seen: Any) -> None:
                 self._note("step", step, seen)

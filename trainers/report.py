@@ -23,7 +23,7 @@ from distsim.files import make_writable
 from distsim.record import NOT_OBSERVABLE, Part, RunRecord, Spans, Totals
 from distsim.step import simulate
 from distsim.traffic import Traffic
-from distsim.units import format_time
+from distsim.units import format_bytes, format_time
 from trainers import flops
 from trainers.config import RunConfig
 from trainers.loop import RankResult
@@ -59,10 +59,22 @@ class Summary:
             f"  exchange  {format_time(run.time_s)} (median)",
             f"  record    {self.measured_path}",
         ]
+        if "memory" in run.environment:
+            lines.insert(4, f"  memory    {_memory(run)}")
         if self.simulated is not None:
             lines.insert(4, f"  simulated {format_time(self.simulated.time_s)}")
             lines.append(f"  compare   distsim diff {self.simulated_path} {self.measured_path}")
         return "\n".join(lines)
+
+
+def _memory(run: RunRecord) -> str:
+    """Say in a line what a plan has come to."""
+    seen, budget = run.environment["memory"], run.configuration["memory_budget"]
+    slower = max(0.0, seen["predicted_time_s"] / seen["plain_time_s"] - 1)
+    return (
+        f"{format_bytes(seen['planned_bytes'])} of {format_bytes(budget)} planned: {seen['recomputed']} of "
+        f"{seen['layers']} layers recomputed, {seen['copied']} copied; {slower:+.0%} time predicted"
+    )
 
 
 def follow(metrics: Metrics, utilisation: float, config: RunConfig) -> Callable[..., None]:
@@ -101,9 +113,14 @@ def prepare(plan: Plan, config: RunConfig, cluster: str | None, out: Path) -> Ru
 
 
 def measured(
-    config: RunConfig, plan: Plan, workload: Workload, results: Sequence[RankResult], device: str
+    config: RunConfig,
+    plan: Plan,
+    workload: Workload,
+    results: Sequence[RankResult],
+    device: str,
+    memory: dict[str, Any] | None = None,
 ) -> RunRecord:
-    """Put the ranks' results together.
+    """Put the ranks' results together; `memory` is what `budget.Memory.seen` says, if there is a plan.
 
     Raises: DistsimError if the workers' final parameters differ in a single bit.
     """
@@ -143,6 +160,7 @@ def measured(
             "step_time_s": statistics.median(np.max([result.step_s for result in results], axis=0).tolist()),
             "exposed_time_s": statistics.median(np.max([result.exposed_s for result in results], axis=0).tolist()),
             "staging_bytes": [result.staging_bytes for result in results],
+            **({} if memory is None else {"memory": memory}),
         },
     )
 

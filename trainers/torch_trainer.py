@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from trainers import profiling, report, workload
+from trainers import budget, profiling, report, workload
 from trainers.config import RunConfig
 from trainers.exchanger import Exchanger, LibraryExchanger
 from trainers.fingerprint import fingerprint
@@ -29,12 +30,14 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
     device = local_device()
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
+    budget.check(config, work)
     exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out) if rank == 0 else None
 
-    with ProcessGroup(device) as group:
+    with ProcessGroup(device) as group, ExitStack() as ends:
         group.agree(fingerprint(config, work, exchanges, device.type))
         utilisation = report.utilisation(work, config, device) if rank == 0 else 0.0  # while the others wait
+        memory = ends.enter_context(budget.applied(group, config, work, device))
         if config.transport == "library":
             os.environ.setdefault("NCCL_ALGO", "Ring")  # the algorithm that the schedule is compared with
         group.start()
@@ -69,7 +72,8 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
         results = group.gather(result)
     if results is None:
         return None
-    return report.finish(report.measured(config, exchanges, work, results, device.type), predicted, out)
+    seen = None if memory is None else memory.seen()
+    return report.finish(report.measured(config, exchanges, work, results, device.type, seen), predicted, out)
 
 
 def calibrate(sizes: Sequence[int], rounds: int) -> tuple[str, list[list[Sample]] | None]:
