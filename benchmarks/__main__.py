@@ -10,7 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from benchmarks import building, full_ring, gpt2, links, offload, peers, report, speed, symmetric, training, transports
+from benchmarks import (
+    building,
+    full_ring,
+    gpt2,
+    links,
+    memory_execution,
+    memory_planning,
+    offload,
+    peers,
+    report,
+    speed,
+    symmetric,
+    training,
+    transports,
+)
 from benchmarks.report import Table
 from distsim.errors import DistsimError
 
@@ -25,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[int, bool], list[Table]]] = {
     "links": links.measure,
     "gpt2": gpt2.measure,
     "offload": offload.measure,
+    "memory-planning": memory_planning.measure,
+    "memory-execution": memory_execution.measure,
 }
 
 

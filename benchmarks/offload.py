@@ -216,7 +216,7 @@ def _alone(size: int, count: int, runs: int) -> list[dict[str, Any]]:
                         side.save(number, tensor)
                     side.settle()
                     middle = time.perf_counter()
-                    if cache == "dropped" and not _forgotten(side.files()):
+                    if cache == "dropped" and not forgotten(side.files()):
                         for number in range(count):
                             side.load(number, None)
                         continue
@@ -282,7 +282,7 @@ def _step(weights: Sequence[Tensor], start: Tensor, side: Side, drop: bool) -> t
         value = torch.relu(value @ weight)
     side.settle()
     middle = time.perf_counter()
-    dropped = not drop or _forgotten(side.files())
+    dropped = not drop or forgotten(side.files())
     again = time.perf_counter()
     gradient, total = torch.ones_like(value), 0.0
     for number in reversed(range(len(weights))):
@@ -295,7 +295,7 @@ def _step(weights: Sequence[Tensor], start: Tensor, side: Side, drop: bool) -> t
     return seconds if dropped else None, total
 
 
-def _forgotten(files: Sequence[Path | int]) -> bool:
+def forgotten(files: Sequence[Path | int]) -> bool:
     """Make the system write files to the disk and drop them from its page cache; False if that does not succeed."""
     gone = bool(files)
     for each in files:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import building, cases, full_ring, hosts, peers, report, speed
+from benchmarks import building, cases, full_ring, hosts, memory_planning, peers, report, speed
 from distsim import engine, exchanges
 from distsim.errors import ConfigError, DistsimError
 from distsim.lower import lower
+from distsim.memory import revolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +29,8 @@ def quick(*arguments: str) -> str:
 
 SIMULATED = ("full-ring", "speed", "peers", "symmetry", "building")
 TRAINED = ("transports", "training", "links", "gpt2")
+PLANNED = ("memory-planning",)
+EXECUTED = ("offload", "memory-execution")
 
 
 def test_simulations_run_on_one_core_and_say_where_when_and_with_what() -> None:
@@ -72,8 +75,18 @@ def test_trainings_run_beside_their_peers() -> None:
     assert len(titles) == len(set(titles)) == tables
 
 
+@pytest.mark.timeout(200)
+def test_plans_run_beside_their_predictions() -> None:
+    printed = json.loads(quick("--json", *EXECUTED))
+    titles = assert_tables(printed)
+    assert len(titles) == len(set(titles)) == 4
+    *_, plans, hidden = (table["columns"] for table in printed["tables"])
+    assert set(plans["model"]) == {"MLP", "transformer", "ResNet"} and set(plans["policy"]) == {"fast", "mixed"}
+    assert list(hidden["page_cache"]) == ["kept", "dropped"] and all(hidden["copied_bytes"])
+
+
 def test_no_benchmark_is_left_out() -> None:
-    assert {*SIMULATED, *TRAINED} == command.BENCHMARKS.keys()
+    assert {*SIMULATED, *TRAINED, *PLANNED, *EXECUTED} == command.BENCHMARKS.keys()
 
 
 def test_tables_for_humans_have_units() -> None:
@@ -177,3 +190,43 @@ def test_mistakes_are_explained(arguments: list[str], expected: str, capsys: pyt
         command.main(arguments)
     assert left.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def test_planners_run_beside_their_peers() -> None:
+    printed = json.loads(quick("--json", *PLANNED))
+    titles = assert_tables(printed)
+    assert len(titles) == len(set(titles)) == 5
+    _, programme, long, _, slots = (table["columns"] for table in printed["tables"])
+    assert programme["milp"] == programme["exact"]
+    assert all(part >= 0 for part in long["gap_percent"] + long["persistent_over_fast_percent"])
+    for schedule, ratio in zip(slots["schedule"], slots["ratio_cost"], strict=True):
+        assert ratio == 1 if schedule == "Revolve" else ratio >= 1
+
+
+def test_an_integer_programme_that_is_better_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.checkmate.checkmate", lambda *arguments, **options: 1.0)
+    with pytest.raises(AssertionError, match="is not the optimum"):
+        memory_planning.beside_programme((4,), 4, 1)
+
+
+def test_a_library_that_is_better_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = revolve.slots
+    monkeypatch.setattr(revolve, "slots", lambda steps, count: right(steps, count - 1))
+    with pytest.raises(AssertionError, match=r"Revolve of \(10, 2, 0\)"):
+        memory_planning.beside_library(True, 1)
+
+
+@pytest.mark.parametrize("package", ["scipy", "checkpoint_schedules"])
+def test_without_what_planners_are_measured_against_the_error_says_how_to_get_it(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{package}; install it with `pip install 'distsim\[dev\]'`"):
+        memory_planning.measure(1, quick=True)
+
+
+def test_a_plan_command_that_fails_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "chain.json"
+    file.write_text(memory_planning.random_chain(3, "saved", 0).to_json(), "utf-8")
+    with pytest.raises(DistsimError, match="ended with 2: distsim: error: no plan fits"):
+        memory_planning.command(file, 0)

@@ -11,6 +11,7 @@ import numpy as np
 from distsim.errors import ConfigError, nearest
 from distsim.memory import exact, fast, mixed, overlapped, persistent, revolve, simple
 from distsim.memory.chain import Chain
+from distsim.memory.order import by_start
 from distsim.memory.plan import InfeasibleBudget, MemoryPlan, Point, with_drops
 from distsim.memory.replay import Overlap, Replay, replay
 from distsim.units import shown
@@ -136,7 +137,7 @@ def parse(text: str, *, number_wanted: bool = True) -> Named:
 
 
 def plan(chain: Chain, named: Named, budget: float, overlap: Overlap = "none") -> tuple[MemoryPlan, Replay]:
-    """Plan a chain, and replay the plan within the budget.
+    """Plan a chain, and replay the plan within the budget; rows are in the order in which they start.
 
     Raises: ConfigError if the policy cannot plan it, or its plan does not fit into the budget.
     """
@@ -147,7 +148,7 @@ def plan(chain: Chain, named: Named, budget: float, overlap: Overlap = "none") -
             f"{named} needs {peak:,.15g}, more than the budget of {budget:,.15g}; "
             "--policy optimal or fast says what is possible"
         )
-    return found, replay(chain, found, budget, overlap)
+    return by_start(chain, found, budget, overlap)
 
 
 def front(chain: Chain, named: Named, overlap: Overlap = "none") -> Iterator[Point]:
