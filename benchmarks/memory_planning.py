@@ -34,7 +34,7 @@ WANTED_S = 2.0
 """How long the command may take for 200 layers."""
 UNEQUAL: tuple[Model, Model] = ("recompute", "saved")
 """Models of tables in which nothing is offloaded."""
-PARTS = (0.0, 0.02, 0.05, 0.2, 0.5)
+PARTS = (0.0, 0.01, 0.05, 0.2, 0.5)
 """Budgets of 200 layers: how far from the least that a persistent plan can have to what keeping everything needs."""
 LIMIT_S = 40.0
 """Given to the integer programme for one plan."""

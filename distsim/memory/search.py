@@ -265,11 +265,12 @@ def _once_more(problem: Problem, phase: int, resident: int, whole: int) -> float
     certain that a backward does not fit, because each abar_i stays until its own.
 
     If abar_i and a_(i-1) are not there, all layers between what is and i run before B_i, and those again later whose
-    abar does not fit beside B_i. The best that fits is at most what would be with fractions of layers.
+    abar does not fit beside B_i. The best that fits is at most what would be with fractions of layers. Gaps between what
+    is resident have no layers in common.
     """
     layers, size = problem.layers, problem.size
     made = phase if phase <= layers else 2 * layers + 1 - phase
-    kept, total = 0.0, 0.0
+    kept, total, gap, most = 0.0, 0.0, 0, 0.0
     for layer in range(1, layers + 1 if phase <= layers else made + 1):
         there = layer == 1 or resident >> (layer - 1) & 1
         below = size[layer - 1] if layer > 1 and not whole >> (layer - 1) & 1 else 0.0
@@ -290,8 +291,11 @@ def _once_more(problem: Problem, phase: int, resident: int, whole: int) -> float
                     if weight > room:
                         again += problem.forward[other] * (1 - room / weight)
                     room = max(0.0, room - weight)
-            total += again * (1 - 1e-9)  # rounding must not make it too much
-    return total
+            # Those of one gap run the same layers: the one that needs most counts.
+            if first != gap:
+                total, gap, most = total + most, first, 0.0
+            most = max(most, again * (1 - 1e-9))  # rounding must not make it too much
+    return total + most
 
 
 def _reach(
