@@ -221,6 +221,20 @@ def test_layers_that_have_to_run_again_are_counted_once(layers: int, seed: int, 
     assert replay(chain, exact.optimal(chain, budget), budget).time == time
 
 
+def test_what_is_saved_may_be_read_back_for_its_activation_alone() -> None:
+    chain = Chain(
+        forward=np.array([27.0, 22, 1]),
+        backward=np.array([6.0, 16, 22]),
+        size=np.array([3.0, 3, 3, 3]),
+        saved=np.array([8.0, 7, 7]),
+        write=np.array([9.0, 16, 1]),
+        read=np.array([4.0, 9, 2]),
+        write_saved=np.array([12.0, 20, 4]),
+        read_saved=np.array([11.0, 14, 3]),
+    )
+    assert checked_front(chain) == [tuple(point) for point in brute_front(chain)]
+
+
 def test_fractions_that_do_not_add_up_exactly_give_no_false_points() -> None:
     third = Chain(forward=np.full(4, 0.1), backward=np.full(4, 1 / 3), size=np.full(5, 0.7))
     found = [(point.budget, point.time) for point in exact.front(third)]

@@ -66,7 +66,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def _one(flags: argparse.Namespace, chain: Chain) -> int:
     """Print one plan."""
-    from distsim.memory import bound, lower, policies, trace
+    from distsim.memory import lower, policies
     from distsim.tables import table
 
     named = policies.parse(flags.policy or "optimal")
@@ -76,10 +76,14 @@ def _one(flags: argparse.Namespace, chain: Chain) -> int:
     timeline = lower.simulate(timed, waits)
     assert math.isclose(timeline.makespan_s, replay.time, rel_tol=1e-9), "the engine and the checker agree"
     if flags.trace is not None:
+        from distsim.memory import trace
+
         memory = replay.memory_at[replay.engine >= 0].tolist()
         trace.write(Path(flags.trace), timed, timeline, memory, 1.0 if chain.unit == "SI" else 1e6)
     values = _values(chain, named, budget, flags.overlap, plan, replay)
     if named.name == "fast":
+        from distsim.memory import bound
+
         values["lower_bound"] = bound.lower_bound(chain, policies.enough(chain, budget), replay.time)
         values["gap"] = replay.time / values["lower_bound"] - 1 if values["lower_bound"] else 0.0
     if flags.json:

@@ -75,12 +75,14 @@ def _exam(
     flags: argparse.Namespace, layers: int, every: int, forward_s: float, load_s: float, disk_s: float | None
 ) -> int:
     """Print the exam's counts, times and break-even."""
-    from distsim.memory import exam, lower, trace
+    from distsim.memory import exam
     from distsim.tables import table
 
     convention = exam.Convention.parse(flags.convention or "")
     found = exam.periodic(layers, every, forward_s, load_s, convention, disk_s)
     if flags.trace is not None:
+        from distsim.memory import lower, trace
+
         timed, waits = exam.operations(layers, every, forward_s, load_s, convention)
         trace.write(Path(flags.trace), timed, lower.simulate(timed, waits), (), 1.0)
     if flags.json:

@@ -4,7 +4,8 @@ Only schedules of one form are looked at; each schedule has one of that form tha
 more memory at any moment:
 
 - What is resident is dropped right after the last operation that reads it. So an operation may drop the a_(i-1)
-  that it has read, and nothing else is ever dropped; an abar_i, which only B_i reads as such, stays until B_i.
+  that it has read, and nothing else is ever dropped; an abar_i, which only B_i reads as such, stays until B_i, or
+  is read back for its a_i alone.
 - What is made and read by nobody is not made. A write counts as a reader, so what has just been made may be dropped
   at once where it can be written.
 - A write needs no memory of its own, so it comes right after the first operation that makes a_i. Whether there was
@@ -200,8 +201,11 @@ def _bring_back(problem: Problem, states: States, queue: Any, row: int, memory: 
         _reach(problem, states, queue, row, phase, resident, whole, paid, copied_whole, end, used, READ, layer)
     end, used = time + problem.read_saved[layer], memory + problem.whole[layer]
     if copied_whole & bit and used <= problem.budget:
-        whole |= bit
-        _reach(problem, states, queue, row, phase, resident, whole, copied, copied_whole, end, used, READ_SAVED, layer)
+        for keeps in range(2 if layer <= _bare(problem, phase) else 1):  # abar_i; of it a_i
+            left = whole if keeps else whole | bit
+            _reach(
+                problem, states, queue, row, phase, resident, left, copied, copied_whole, end, used, READ_SAVED, layer
+            )
 
 
 def _bare(problem: Problem, phase: int) -> int:
@@ -265,8 +269,8 @@ def _once_more(problem: Problem, phase: int, resident: int, whole: int) -> float
     certain that a backward does not fit, because each abar_i stays until its own.
 
     If abar_i and a_(i-1) are not there, all layers between what is and i run before B_i, and those again later whose
-    abar does not fit beside B_i. The best that fits is at most what would be with fractions of layers. Gaps between what
-    is resident have no layers in common.
+    abar does not fit beside B_i. The best that fits is at most what would be with fractions of layers. Gaps between
+    what is resident have no layers in common.
     """
     layers, size = problem.layers, problem.size
     made = phase if phase <= layers else 2 * layers + 1 - phase
