@@ -33,7 +33,9 @@ DISK = {
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name, values in (("chain", CHAIN), ("disk", DISK), ("seconds", {**CHAIN, "unit": "SI"})):
+    exam, slots = {"L": 10, "k": 5, "fwd_ns": 20, "loadmem_ns": 10}, {"n": 7, "s": 2}
+    chains_of = {"chain": CHAIN, "disk": DISK, "seconds": {**CHAIN, "unit": "SI"}, "exam": exam, "slots": slots}
+    for name, values in chains_of.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values, indent=1))
     return tmp_path
 
@@ -68,7 +70,7 @@ def test_every_policy_plans_or_says_what_it_needs(files: Path, capsys: pytest.Ca
     for policy in ("store-all", "periodic:2", "sqrt", "revolve:2"):
         assert answer(capsys, f"chain.json --policy {policy}")["time"] >= 286
     assert main(["memory", "chain.json", "--policy", "store-all", "--budget", "60"]) == 2
-    assert "store-all needs 87, more than the budget of 60" in capsys.readouterr().err
+    assert "no plan of store-all fits into a budget of 60; the least that is feasible is 87" in capsys.readouterr().err
 
 
 def test_the_fast_planner_says_how_far_it_may_be_off(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,9 +85,9 @@ def test_fronts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(point["budget"], point["time"]) for point in found["frontier"]] == FRONT
     assert found["plain_time"] == 286
     for policy in ("fast", "mixed", "persistent", "periodic", "revolve", "sqrt"):
-        points = [
-            (p["budget"], p["time"]) for p in answer(capsys, f"chain.json --pareto --policy {policy}")["frontier"]
-        ]
+        found = answer(capsys, f"chain.json --pareto --policy {policy}")["frontier"]
+        points = [(point["budget"], point["time"]) for point in found]
+        assert all(point["peak_memory"] == point["budget"] for point in found)
         assert points == sorted(points) and points
         for budget, time in points:
             assert time >= min(least for at, least in FRONT if at <= budget)
@@ -116,6 +118,23 @@ def test_the_timeline_opens_in_perfetto(files: Path, capsys: pytest.CaptureFixtu
     assert max(event["args"]["resident"] for event in events if event["ph"] == "C") == found["peak_memory"]
     answer(capsys, "--layers 4 --policy periodic:2 --fwd 1us --loadmem 2us --trace exam.json.gz")
     assert (files / "exam.json.gz").exists()
+
+
+def test_fractions_and_nothing_at_all(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sums of decimal fractions differ in their last bits; users see no trace of it."""
+    whole = answer(capsys, "chain.json --pareto")["frontier"]
+    tenths = {key: [number / 10 for number in column] for key, column in CHAIN.items()}
+    Path("tenths.json").write_text(json.dumps(tenths))
+    found = answer(capsys, "tenths.json --pareto")["frontier"]
+    assert [point["budget"] for point in found] == [point["budget"] / 10 for point in whole]
+    assert [point["time"] for point in found] == pytest.approx([point["time"] / 10 for point in whole])
+    for policy in ("optimal", "fast"):
+        assert answer(capsys, f"tenths.json --budget 5.9 --policy {policy}")["time"] == pytest.approx(31.5)
+    Path("nothing.json").write_text('{"fwd": [0, 0], "bwd": [0, 0], "size": [0, 0, 0]}')
+    for policy in ("optimal", "fast", "persistent", "mixed", "store-all"):
+        assert answer(capsys, f"nothing.json --policy {policy} --budget 0")["time"] == 0
+        assert main(["memory", "nothing.json", "--policy", policy]) == 0
+        assert "+0.0%" in capsys.readouterr().out
 
 
 def test_files_of_other_problems(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,9 +173,22 @@ def test_files_of_other_problems(files: Path, capsys: pytest.CaptureFixture[str]
         ("--layers 3 --policy periodic:2", "needs --fwd"),
         ("--layers 3 --policy periodic:2 --fwd 2 --loadmem 1us", "'2'"),
         ("--layers 3 --policy periodic:2 --fwd 2us --loadmem 1us --convention cache", "did you mean 'cached'"),
-        ("--layers 3 --policy periodic:2 --fwd 2us --loadmem 1us --budget 3", "--budget is for chains"),
+        ("--layers 3 --policy periodic:2 --fwd 2us --loadmem 1us --budget 3", "--budget is not for equal layers"),
+        ("--layers 3 --policy revolv:2", "not 'revolv:2'; did you mean 'revolve'?"),
+        ("--layers 3", "--layers 3 is for --policy periodic:K or revolve:SLOTS; others need a FILE"),
+        ("chain.json --overlap full", '--overlap full is of copies, and chain.json has no times to "write" and "read"'),
+        ("chain.json --policy=", "unknown policy ''"),
+        ("seconds.json --budget 20B", "fits into a budget of 20 B (20 B); the least that is feasible is 52 B (52 B)"),
+        ("slots.json --trace x.json", "--trace is not for slots.json: it is for chains and periodic:K"),
+        ("slots.json --overlap full", "--overlap is not for slots.json"),
+        ("slots.json --policy fast", "--policy fast is not for a file with slots"),
+        ("exam.json --fwd 3ns", "--fwd is not for exam.json: it is for --layers with periodic:K"),
+        ("exam.json --policy periodic:3", "--policy periodic:3 is not for this file, which says periodic:5"),
         ("--layers 0 --policy periodic:2 --fwd 2us --loadmem 1us", "layers"),
-        ("--layers 3 --policy revolve:2 --fwd 2us", "--fwd is for --policy periodic:K"),
+        (
+            "--layers 3 --policy revolve:2 --fwd 2us",
+            "--fwd is not for revolve, which counts steps: it is for --layers with",
+        ),
         ("disk.json --overlap ful", "--overlap"),
         ("chain.json --trace chain.json/plan.json", "chain.json/plan.json: cannot write it"),
     ],

@@ -41,7 +41,7 @@ def chains(draw: st.DrawFn, model: str, disk: bool = False, most: int = 5) -> Ch
         columns["saved"] = [a + more for a, more in zip(size[1:], column(0, 20), strict=True)]
         if disk:
             columns |= {"write_saved": column(0, 20), "read_saved": column(0, 20)}
-    needs = "input" if model == "saved" else model
+    needs = draw(st.sampled_from(["input", "output", "both"])) if model == "saved" else model  # which is ignored
     return Chain(**{key: np.array(each, float) for key, each in columns.items()}, needs=needs)  # type: ignore[arg-type]
 
 

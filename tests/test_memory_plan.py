@@ -73,8 +73,8 @@ def test_a_chain_is_read_and_written(tmp_path: Path) -> None:
     [
         ({"fwd": [1, 2]}, "chain.json:1: fwd has 2 numbers|chain.json:[0-9]+: bwd: 3 numbers; expected 2 for 2 layers"),
         ({"size": [1, 2, 3]}, "chain.json:[0-9]+: size: 3 numbers; expected 4 for 3 layers"),
-        ({"bwd": [1, -2, 3]}, "chain.json:[0-9]+: bwd.1: '-2' is not a number of at least 0"),
-        ({"bwd": [1, "nan", 3]}, "bwd.1: 'nan' is not a number"),
+        ({"bwd": [1, -2, 3]}, "chain.json:[0-9]+: bwd.1: '-2' is not a number from 0 to 1e.30"),
+        ({"bwd": [1, "nan", 3]}, "bwd.1: 'nan' is not a number from"),
         ({"bwd": 3}, "bwd: '3' is not a list of numbers"),
         ({"forward": [1]}, "forward: unknown key; .*valid: bwd|forward: unknown key"),
         ({"size_save": [1]}, "size_save: unknown key; did you mean 'size_saved'"),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from distsim.memory.replay import Overlap, Replay
 
 POLICIES = (
-    "optimal (default), optimal-recompute, optimal-offload, fast, mixed, persistent, store-all, periodic:K, sqrt, "
-    "revolve:SLOTS"
+    "optimal (default), auto, optimal-recompute, optimal-offload, fast, mixed, persistent, store-all, periodic:K, "
+    "sqrt, revolve:SLOTS"
 )
 
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     summary = "plan which activations to keep, recompute or offload"
     parser = options.command(commands, "memory", run, summary)
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a chain, or a problem with slots, in JSON")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a chain, or a problem with slots, in JSON or YAML")
     parser.add_argument("--policy", metavar="POLICY", help=POLICIES)
     parser.add_argument("--budget", metavar="SIZE", help='memory, in the file\'s unit, such as 52, or "2 GiB"')
     overlaps = "engines of the offload: none, what computes waits; half, one for writes and reads; full, one for each"
@@ -48,12 +48,10 @@ def run(flags: argparse.Namespace) -> int:
     """Plan a chain or count a case; print it."""
     from distsim.commands import memory_cases
     from distsim.memory import chain
+    from distsim.memory.plan import InfeasibleBudget
 
     case = memory_cases.find(flags)
     if case is not None:
-        for flag, given in (("budget", flags.budget), ("pareto", flags.pareto)):
-            if given:
-                raise ConfigError(f"--{flag} is for chains; this case has slots or layers that are all alike")
         return case()
     if flags.file is None:
         raise ConfigError("expected a FILE, or --layers with --policy periodic:K or revolve:SLOTS")
@@ -61,7 +59,16 @@ def run(flags: argparse.Namespace) -> int:
         if getattr(flags, flag) is not None:
             raise ConfigError(f"--{flag} goes with --layers; a FILE has times of its own")
     found = chain.read(flags.file)
-    return _front(flags, found) if flags.pareto else _one(flags, found)
+    if flags.overlap != "none" and not found.offloads:
+        raise ConfigError(
+            f'--overlap {flags.overlap} is of copies, and {flags.file} has no times to "write" and "read"'
+        )
+    try:
+        return _front(flags, found) if flags.pareto else _one(flags, found)
+    except InfeasibleBudget as error:
+        if found.unit == "SI":
+            raise InfeasibleBudget(error.budget, error.least, error.policy, _bytes) from None
+        raise
 
 
 def _one(flags: argparse.Namespace, chain: Chain) -> int:
@@ -69,7 +76,7 @@ def _one(flags: argparse.Namespace, chain: Chain) -> int:
     from distsim.memory import lower, policies
     from distsim.tables import table
 
-    named = policies.parse(flags.policy or "optimal")
+    named = policies.parse("optimal" if flags.policy is None else flags.policy)
     budget = _budget(flags.budget, chain)
     plan, replay = policies.plan(chain, named, budget, flags.overlap)
     timed, waits = lower.operations(chain, plan, replay, flags.overlap)
@@ -95,7 +102,7 @@ def _one(flags: argparse.Namespace, chain: Chain) -> int:
         ("layers", chain.layers),
         ("budget", size(budget) if budget < math.inf else "none"),
         ("peak memory", size(replay.peak_memory)),
-        ("time", f"{time(replay.time)}, {replay.time / chain.plain_time - 1:+.1%} to keeping everything"),
+        ("time", f"{time(replay.time)}, {_slower(chain, replay)} to keeping everything"),
         ("forwards", f"{replay.forwards}, {replay.forwards - chain.layers} of them again"),
     ]
     if replay.stores:
@@ -117,7 +124,7 @@ def _front(flags: argparse.Namespace, chain: Chain) -> int:
 
     if flags.budget is not None or flags.trace is not None:
         raise ConfigError("--pareto has all budgets; leave out --budget and --trace")
-    named = policies.parse(flags.policy or "optimal", number_wanted=False)
+    named = policies.parse("optimal" if flags.policy is None else flags.policy, number_wanted=False)
     points = policies.best(
         list(tqdm(policies.front(chain, named, flags.overlap), unit="point", file=sys.stderr, delay=1, leave=False))
     )
@@ -139,8 +146,9 @@ def _front(flags: argparse.Namespace, chain: Chain) -> int:
     time, size = _units(chain)
     rows = []
     for point, found in zip(points, replays, strict=True):
-        slower = f"{found.time / chain.plain_time - 1:+.1%}"
-        rows.append((size(point.budget), time(found.time), slower, found.forwards, found.stores, found.loads))
+        rows.append(
+            (size(point.budget), time(found.time), _slower(chain, found), found.forwards, found.stores, found.loads)
+        )
     print(table(("budget", "time", "to keeping all", "forwards", "stores", "loads"), rows))
     return 0
 
@@ -172,8 +180,23 @@ def _counts(replay: Replay) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return whole numbers as such."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+    """Return numbers as JSON is to have them."""
+    from distsim.memory.chain import plain_number
+
+    return plain_number(value) if isinstance(value, float) else value
+
+
+def _slower(chain: Chain, replay: Replay) -> str:
+    """Return by how much a plan takes longer than every operation once."""
+    more = replay.time / chain.plain_time - 1 if chain.plain_time else 0.0
+    return f"{max(more, 0.0):+.1%}"
+
+
+def _bytes(size: float) -> str:
+    """Return bytes to the last one, as a budget can be given."""
+    from distsim.units import format_bytes
+
+    return f"{math.ceil(size):,} B ({format_bytes(size)})"
 
 
 def _budget(given: str | None, chain: Chain) -> float:

@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distsim.errors import ConfigError, nearest
+from distsim.errors import ConfigError
 from distsim.units import format_time, shown
-from distsim.yamlfile import Document
+from distsim.yamlfile import Document, did_you_mean
 
 EXAM = ("L", "k", "fwd_ns", "loadmem_ns", "loaddisk_ns")
 SLOTS = ("n", "s")
 DISK_SLOTS = ("n", "cm", "cdisk", "uf", "ub", "wd", "rd")
 """Keys of a problem in a file, other than a chain; those that name answers are not read."""
+FOR = {
+    **{"budget": "chains", "pareto": "chains", "trace": "chains and periodic:K", "convention": "periodic:K"},
+    **dict.fromkeys(("fwd", "loadmem", "loaddisk"), "--layers with periodic:K"),
+}
 ANSWERS = (
     *("nocache", "cache", "hybrid", "r", "advance", "total", "extra", "lib_", "multistage", "brute"),
     *("revolve_", "hrevolve_", "disk_", "model", "id"),
@@ -39,27 +43,42 @@ def find(flags: argparse.Namespace) -> Callable[[], int] | None:
     data = document.data
     if not isinstance(data, dict) or "size" in data or "fwd" in data:
         return None
-    for keys, make in ((EXAM, _exam_of_file), (DISK_SLOTS, _disk_slots), (SLOTS, _slots_of_file)):
+    for keys, make, known in (
+        (EXAM, _exam_of_file, ("convention", "trace")),
+        (DISK_SLOTS, _disk_slots, ()),
+        (SLOTS, _slots_of_file, ()),
+    ):
         if all(key in data for key in keys[:2]):
             for key in data:
                 if key not in keys and not key.startswith(ANSWERS):
-                    raise document.error((key,), f"unknown key{nearest(key, keys)}; valid: {', '.join(keys)}")
+                    raise document.error(
+                        (key,), f"unknown key{did_you_mean(key, list(keys))}; valid: {', '.join(keys)}"
+                    )
+            _only(flags, known, flags.file)
             return lambda: make(flags, document)
     return None
+
+
+def _only(flags: argparse.Namespace, known: tuple[str, ...], what: str) -> None:
+    """Refuse flags that this case would not look at."""
+    for flag in ("budget", "pareto", "trace", "fwd", "loadmem", "loaddisk", "convention"):
+        if flag not in known and getattr(flags, flag):
+            raise ConfigError(f"--{flag} is not for {what}: it is for {FOR[flag]}")
+    if flags.overlap != "none":
+        raise ConfigError(f"--overlap is not for {what}: it is for chains with offload")
 
 
 def _of_flags(flags: argparse.Namespace) -> Callable[[], int]:
     name, _, number = (flags.policy or "").partition(":")
     if name not in ("periodic", "revolve") or not re.fullmatch("[0-9]{1,9}", number):
+        given = f", not {shown(flags.policy)}{did_you_mean(name, ['periodic', 'revolve'])}" if flags.policy else ""
         raise ConfigError(
-            f"--layers {flags.layers} is for --policy periodic:K or revolve:SLOTS, not {shown(flags.policy)}; "
-            "every other policy needs a FILE"
+            f"--layers {flags.layers} is for --policy periodic:K or revolve:SLOTS{given}; others need a FILE"
         )
     if name == "revolve":
-        for flag in ("fwd", "loadmem", "loaddisk", "convention", "trace"):
-            if getattr(flags, flag) is not None:
-                raise ConfigError(f"--{flag} is for --policy periodic:K; revolve counts steps")
+        _only(flags, (), "revolve, which counts steps")
         return lambda: _slots(flags, flags.layers, int(number))
+    _only(flags, ("trace", "fwd", "loadmem", "loaddisk", "convention"), "equal layers")
     from distsim.units import parse_time_s
 
     times = {}
@@ -163,14 +182,15 @@ def _exam_of_file(flags: argparse.Namespace, document: Document) -> int:
 
 
 def _slots_of_file(flags: argparse.Namespace, document: Document) -> int:
-    _only_optimal(flags)
+    if flags.policy not in (None, "optimal"):
+        raise ConfigError(f"--policy {flags.policy} is not for a file with slots; leave it out, or say optimal")
     return _slots(flags, int(_number(document, "n", whole=True)), int(_number(document, "s", whole=True)))
 
 
 def _disk_slots(flags: argparse.Namespace, document: Document) -> int:
     from distsim.memory import disk_revolve
 
-    _only_optimal(flags)
+    once = _is_once(flags)
     for key in DISK_SLOTS:
         if key not in document.data and key != "cdisk":
             raise document.error((), f'no "{key}"; expected {", ".join(DISK_SLOTS)}')
@@ -178,14 +198,20 @@ def _disk_slots(flags: argparse.Namespace, document: Document) -> int:
     unlimited = document.data.get("cdisk", "null") == "null"
     disk_slots = None if unlimited else int(_number(document, "cdisk", whole=True))
     forward, reverse, write, read = (_number(document, key) for key in DISK_SLOTS[3:])
-    plan = disk_revolve.disk_slots(steps, memory_slots, disk_slots, forward, reverse, write, read)
+    plan = disk_revolve.disk_slots(
+        steps, memory_slots, disk_slots, forward, reverse, write, read, "once" if once else "any"
+    )
     time = plan.cost(forward, reverse, write, read)
-    return _print_slots(flags, "optimal", plan, {"time": int(time) if time.is_integer() else time})
+    return _print_slots(flags, flags.policy or "optimal", plan, {"time": int(time) if time.is_integer() else time})
 
 
-def _only_optimal(flags: argparse.Namespace) -> None:
-    if flags.policy not in (None, "optimal"):
-        raise ConfigError(f"--policy {flags.policy} is not for a file with slots; leave it out, or say optimal")
+def _is_once(flags: argparse.Namespace) -> bool:
+    """Return whether each copy on disk may be read once only."""
+    if flags.policy not in (None, "optimal", "read-once"):
+        raise ConfigError(
+            f"--policy {flags.policy} is not for a file with slots; expected optimal (default) or read-once"
+        )
+    return bool(flags.policy == "read-once")
 
 
 def _number(document: Document, key: str, *, whole: bool = False) -> float:

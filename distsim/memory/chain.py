@@ -70,8 +70,8 @@ class Chain:
             expected = layers + (name == "size")
             if column.shape != (expected,):
                 raise ConfigError(f"{KEYS[name]} has {column.size} numbers; expected {expected} for {layers} layers")
-            if not (np.isfinite(column) & (column >= 0)).all():
-                raise ConfigError(f"{KEYS[name]} must have numbers of at least 0")
+            if not ((column >= 0) & (column <= MOST)).all():
+                raise ConfigError(f"{KEYS[name]} must have numbers from 0 to {MOST:g}")
         for one, other in (("write", "read"), ("write_saved", "read_saved")):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 raise ConfigError(f"{one} and {other} belong together: give both or none")
@@ -80,8 +80,33 @@ class Chain:
         if self.saved is not None and (self.saved < self.size[1:]).any():
             layer = int(np.argmax(self.saved < self.size[1:])) + 1
             raise ConfigError(f"size_saved of layer {layer} is less than its size: what is saved contains a_{layer}")
+        if grain := self.grain:
+            for name in SIZES:
+                if getattr(self, name) is not None:
+                    object.__setattr__(self, name, np.rint(getattr(self, name) / grain) * grain)
         if self.names and len(self.names) != layers:
             raise ConfigError(f"names has {len(self.names)} entries; expected {layers}, one for each layer")
+
+    @property
+    def grain(self) -> float:
+        """What sizes that are not whole are multiples of: so fine that only the last bits of long fractions change, and
+        so coarse that all sums are exact, in whatever order; 0 for whole sizes."""
+        columns = [column for name in SIZES if (column := getattr(self, name)) is not None]
+        if all((column == np.rint(column)).all() for column in columns):
+            return 0.0
+        return float(2.0 ** (math.frexp(4 * sum(float(column.sum()) for column in columns))[1] - 53))
+
+    def below(self, peak: float) -> float:
+        """Return the largest budget that is really less than a peak; sums that only rounding tells apart are one."""
+        return peak - self._slack if self.grain else math.nextafter(peak, -math.inf)
+
+    def allowed(self, budget: float) -> float:
+        """Return a budget as it is meant: a sum of fractions may differ from it in the last bits."""
+        return budget + self._slack
+
+    @property
+    def _slack(self) -> float:
+        return 8 * (self.layers + 1) * self.grain
 
     @property
     def layers(self) -> int:
@@ -121,6 +146,10 @@ KEYS = {
 """Column -> its key in a file."""
 COLUMNS = tuple(each.name for each in fields(Chain) if each.name in KEYS)
 
+SIZES = ("size", "saved", "forward_tmp", "backward_tmp")
+MOST = 1e30
+"""The largest number: sums of products of such numbers do not overflow."""
+
 ABOUT = ("id", "kind", "model", "title", "source", "points", "layers")
 ANSWERS = ("frontier", "largest_gap", "time_", "budget_", "extra_")
 """Keys, and beginnings of keys, that a solved instance may have beside its numbers; they are not read."""
@@ -128,7 +157,12 @@ ANSWERS = ("frontier", "largest_gap", "time_", "budget_", "extra_")
 
 def plain_numbers(column: Floats) -> list[float | int]:
     """Return numbers for JSON: whole ones as such."""
-    return [int(number) if number.is_integer() and abs(number) < 2**53 else number for number in column.tolist()]
+    return [plain_number(number) for number in column.tolist()]
+
+
+def plain_number(number: float) -> float | int:
+    """Return a number for JSON: a whole one as such, a fraction without the last bits, which are noise in sums."""
+    return int(number) if number.is_integer() and abs(number) < 2**53 else float(f"{number:.15g}")
 
 
 def read(path: str) -> Chain:
@@ -186,7 +220,7 @@ def _numbers(document: Document, key: str) -> Floats:
             number = float(value) if isinstance(value, str) else math.nan
         except ValueError:
             number = math.nan
-        if not 0 <= number < math.inf:
-            raise document.error((key, place), f"{shown(value)} is not a number of at least 0")
+        if not 0 <= number <= MOST:
+            raise document.error((key, place), f"{shown(value)} is not a number from 0 to {MOST:g}")
         found.append(number)
     return np.array(found, np.float64)

@@ -51,9 +51,10 @@ def front(chain: Chain, *, offload: bool = True, rematerialize: bool = True) -> 
     problem = _problem(chain, offload, rematerialize)
     problem = problem._replace(floor=_least(problem))
     points: list[Point] = []
-    peak = math.inf
-    while peak > problem.floor:
-        time, peak, rows = _best(problem._replace(budget=math.nextafter(peak, -math.inf)))
+    budget = math.inf
+    while budget >= problem.floor:
+        time, peak, rows = _best(problem._replace(budget=budget))
+        budget = chain.below(peak)
         points.append(Point(peak, time, with_drops(chain, rows)))
     return points[::-1]
 
@@ -77,8 +78,9 @@ def _problem(chain: Chain, offload: bool, rematerialize: bool) -> Problem:
     copies = (chain.write, chain.read, chain.write_saved, chain.read_saved)
     copying = [column(each if offload else None, math.inf) for each in copies]
     times = _exact(column(chain.forward), column(chain.backward), *copying)
-    sizes = _exact(chain.size, column(chain.saved), column(chain.forward_tmp), column(chain.backward_tmp))
-    saved, reads_input, reads_output = chain.saved is not None, chain.needs != "output", chain.needs != "input"
+    sizes = (chain.size, column(chain.saved), column(chain.forward_tmp), column(chain.backward_tmp))  # have exact sums
+    saved = chain.saved is not None
+    reads_input, reads_output = saved or chain.needs != "output", not saved and chain.needs != "input"
     # Each operation needs a_0, what it reads, and what it makes.
     size, whole, forward_tmp, backward_tmp = sizes
     below = np.concatenate([[0.0], size[1:-1]])  # of a_(i-1), beside a_0

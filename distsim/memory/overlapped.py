@@ -51,7 +51,7 @@ def front(chain: Chain, overlap: Duplex) -> list[Point]:
             found.pop()  # the same time with less
         found.append(Point(result.peak_memory, result.time, plan))
         # Every plan of a smaller budget takes at least as long, and any that takes as long lowers the peak.
-        budget, floor = float(np.nextafter(result.peak_memory, -math.inf)), result.time
+        budget, floor = chain.below(result.peak_memory), result.time
     return found[::-1]
 
 

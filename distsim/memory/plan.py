@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -21,11 +21,13 @@ class PlanError(DistsimError):
 
 
 class InfeasibleBudget(ConfigError):
-    """A budget within which no plan can be."""
+    """A budget within which no plan can be, or none of a policy."""
 
-    def __init__(self, budget: float, least: float) -> None:
-        super().__init__(f"no plan fits into a budget of {budget:,.15g}; the least that is feasible is {least:,.15g}")
-        self.budget, self.least = budget, least
+    def __init__(self, budget: float, least: float, policy: str = "", show: Callable[[float], str] = "{:,.15g}".format):
+        """`least` is the least feasible budget; `show` writes sizes."""
+        who = f"no plan of {policy}" if policy else "no plan"
+        super().__init__(f"{who} fits into a budget of {show(budget)}; the least that is feasible is {show(least)}")
+        self.budget, self.least, self.policy = budget, least, policy
 
 
 class Op(IntEnum):

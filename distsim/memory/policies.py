@@ -18,8 +18,10 @@ from distsim.units import shown
 
 EXACT, MIXED = 12, 48
 """Layers up to which `auto` plans to the optimum, and tries offload layer by layer."""
+WALK = 24
+"""Layers up to which the front of a planner that knows no breakpoints is walked down from plan to plan."""
 POINTS = 24
-"""Budgets of a front whose planner knows no breakpoints."""
+"""Budgets of such a front of longer chains, and with offload."""
 
 
 class Policy(NamedTuple):
@@ -141,13 +143,11 @@ def plan(chain: Chain, named: Named, budget: float, overlap: Overlap = "none") -
 
     Raises: ConfigError if the policy cannot plan it, or its plan does not fit into the budget.
     """
+    budget = chain.allowed(budget)
     found = named.policy.make(chain, budget, overlap, named.number)
     peak = replay(chain, found).peak_memory
     if peak > budget:
-        raise ConfigError(
-            f"{named} needs {peak:,.15g}, more than the budget of {budget:,.15g}; "
-            "--policy optimal or fast says what is possible"
-        )
+        raise InfeasibleBudget(budget, peak, str(named))
     return by_start(chain, found, budget, overlap)
 
 
@@ -160,7 +160,7 @@ def front(chain: Chain, named: Named, overlap: Overlap = "none") -> Iterator[Poi
     if not policy.looks_at_budget:
         for number in range(1, chain.layers + 1) if policy.number and not named.number else [named.number]:
             made = policy.make(chain, np.inf, overlap, number)
-            yield _point(chain, made, overlap)
+            yield _point(chain, made, overlap, replay(chain, made).peak_memory)
     elif named.name == "optimal-recompute" or (named.name.startswith("optimal") and not chain.offloads):
         yield from exact.front(chain, offload=False)
     elif named.name.startswith("optimal"):
@@ -171,20 +171,35 @@ def front(chain: Chain, named: Named, overlap: Overlap = "none") -> Iterator[Poi
             assert overlap != "none"
             yield from overlapped.front(chain, overlap)
     else:
-        most = replay(chain, simple.store_all(chain)).peak_memory
+        yield from _down(chain, policy, overlap)
+
+
+def _down(chain: Chain, policy: Policy, overlap: Overlap) -> Iterator[Point]:
+    """Yield a planner's points from the loosest budget on; of long chains, and with offload, at even distances."""
+    budget = most = enough(chain, np.inf)
+    step = 0.0
+    if chain.layers > WALK or chain.offloads:
         try:
-            policy.make(chain, 0.0, overlap, named.number)
-            least = 0.0
+            policy.make(chain, 0.0, overlap, 0)
         except InfeasibleBudget as error:
-            least = error.least
-        for budget in np.linspace(least, most, POINTS):
-            made = policy.make(chain, float(budget), overlap, named.number)
-            yield Point(float(budget), replay(chain, made, float(budget), overlap).time, made)
+            step = (most - error.least) / (POINTS - 1)
+    while True:
+        try:
+            made = policy.make(chain, budget, overlap, 0)
+        except InfeasibleBudget:
+            return
+        point = _point(chain, made, overlap, budget)
+        yield point
+        budget = point.budget * (1 - 1e-9) if not step else budget - step
+        if budget < 0:
+            return
 
 
-def _point(chain: Chain, made: MemoryPlan, overlap: Overlap) -> Point:
-    peak = replay(chain, made).peak_memory
-    return Point(peak, replay(chain, made, peak, overlap).time, made)
+def _point(chain: Chain, made: MemoryPlan, overlap: Overlap, budget: float = np.inf) -> Point:
+    """Return a plan with its time, and the least budget with which it takes no longer."""
+    made, found = by_start(chain, made, budget, overlap)
+    again = replay(chain, made, found.peak_memory, overlap)
+    return Point(found.peak_memory if again.time <= found.time else budget, found.time, made)
 
 
 def best(points: list[Point]) -> list[Point]:
