@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from distsim.errors import ConfigError, DistsimError
 
+MARKS = ("s", "^", "o", "D")
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
@@ -73,12 +74,15 @@ def draw(fronts: list[Front], path: Path) -> None:
     axes: Axes = figure.add_subplot()
     memory_scale, time_scale = (1e6, 1e-3) if fronts[0].si else (1.0, 1.0)
     most = 1.03 * max(max(front.budgets) for front in fronts) / memory_scale
+    measured = 0
     for place, front in enumerate(fronts):
         budgets = [budget / memory_scale for budget in front.budgets]
         times = [time / time_scale for time in front.times]
         colour = COLOURS[place % len(COLOURS)]
         if front.measured:
-            axes.plot(budgets, times, "x", color="black", markersize=7, markeredgewidth=1.6, label=front.name, zorder=5)
+            mark = MARKS[measured % len(MARKS)]
+            measured += 1
+            axes.plot(budgets, times, mark, color="black", markersize=8, fillstyle="none", label=front.name, zorder=5)
         else:
             # A budget between two points allows what the lower one does.
             axes.step(

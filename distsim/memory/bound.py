@@ -10,7 +10,8 @@ that are read lie on the border of the drawing, so trees need not cross and the 
 programme over intervals of phases (as Erickson, Monma and Veinott do for networks in the plane, 1987). Subgradient
 steps raise the bound.
 
-With saved intermediates abar_j, recorded in phase t, may be kept up to B_j, and is a_j to all phases between.
+With saved intermediates abar_j, recorded in phase t, may be kept up to B_j, and is a_j to all phases between. Of long
+chains only what every second, third, ... backward reads must be reached: the bound is weaker, and as valid.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ import numpy.typing as npt
 
 from distsim import compiled
 from distsim.memory.chain import Chain, Floats
-from distsim.memory.weights import BOTH, INPUT, OUTPUT, SAVED, Weights, weights
+from distsim.memory.weights import BOTH, OUTPUT, SAVED, Weights, weights
 
 STEPS, WORK = 60, 6e8
 """Steps at most, and additions over all of them: about half a second."""
+FEWEST, MOST_WORK = 3, 4e9
+"""Steps at least, and additions that are too many for these: about 1.5 seconds."""
 
 
 class Moments(NamedTuple):
-    """What is read, in order: LOSS reads a_L, then each B_t what it does, its output or abar_t before its input."""
+    """What is read, in order: LOSS reads a_L, then each B_t what it does, abar_t before its input.
+
+    Where B_t reads both input and output, only the input: its output, which B_(t + 1) has read, is there for nothing.
+    """
 
     layer: npt.NDArray[np.int64]
     """Which a_j, or abar_j, is read."""
@@ -43,11 +49,11 @@ class Moments(NamedTuple):
     """Whether the moment is the last of its phase."""
 
 
-def moments(kind: int, layers: int) -> Moments:
-    """Return the moments of a chain."""
+def moments(kind: int, layers: int, every: int) -> Moments:
+    """Return the moments of a chain, of every so-manieth backward."""
     found = [(layers, layers + 1, False)]
-    for phase in range(layers, 0, -1):
-        if kind != INPUT:
+    for phase in range(layers, 0, -every):
+        if kind in (OUTPUT, SAVED):
             found.append((phase, phase, kind == SAVED))
         if kind != OUTPUT:
             found.append((phase - 1, phase, False))
@@ -81,14 +87,17 @@ def lower_bound(chain: Chain, budget: float, target: float | None = None) -> flo
     `target`, the time of a known plan, says how far to step, and where to stop.
     """
     w = weights(chain)
-    room = rooms(w, budget)
+    room = rooms(w, min(budget, 2 * float(w.keep.sum() + w.need.max())))  # more changes nothing
     if (room[1:] < 0).any():
         return math.inf
-    order = moments(w.kind, chain.layers)
+    for every in range(1, chain.layers + 1):
+        order = moments(w.kind, chain.layers, every)
+        size = additions(order)
+        if size * FEWEST <= MOST_WORK:
+            break
     plain = float(chain.forward.sum())
     goal = 1.2 * plain if target is None else target - float(chain.backward.sum())
-    size = float((order.last + 1.0) ** 3 @ np.ones(chain.layers + 1)) / 6
-    steps = int(min(STEPS, max(3, WORK / size)))
+    steps = int(min(STEPS, max(FEWEST, WORK / size)))
     # Where memory is scarce at all it is so at B_L; a guess of how much time more of it would save there.
     first = 0.6 * max(0.0, goal - plain) / max(float(w.keep.sum()) - budget, 0.01 * float(w.keep.sum()) + 1e-300)
     found: float = compiled.call(climb, int(size) * steps, w, order, room, goal, first, steps)
@@ -96,6 +105,11 @@ def lower_bound(chain: Chain, budget: float, target: float | None = None) -> flo
     if (times == np.rint(times)).all():  # so is the time of any plan
         return chain.plain_time + max(0.0, math.ceil(found - plain - 1e-9 * found))
     return chain.plain_time + max(0.0, found - plain - 1e-12 * found)
+
+
+def additions(order: Moments) -> float:
+    """Return about how many additions a step takes."""
+    return float(((order.last + 1.0) ** 3).sum()) / 6
 
 
 def climb(w: Weights, order: Moments, room: Any, goal: float, first: float, steps: int) -> Any:
@@ -112,10 +126,13 @@ def climb(w: Weights, order: Moments, room: Any, goal: float, first: float, step
     table = np.full(start[n], np.inf)
     whole = np.full((n, len(order.layer) + 1), np.inf)
     best, length, stalled = plain, 1.0, 0
+    tiny = 0.0
+    for phase in range(1, n + 1):
+        tiny = max(tiny, 1e-20 * room[phase] ** 2)
     for _ in range(steps):
         value = cheapest_tree(w, order, prices, start, table, whole)
         for phase in range(1, n + 1):
-            value -= prices[phase] * room[phase]
+            value -= prices[phase] * room[phase] * (1 + 1e-13)  # high prices must not add what sums are rounded by
         stalled += 1
         if value > best:
             best, stalled = value, 0
@@ -128,7 +145,7 @@ def climb(w: Weights, order: Moments, room: Any, goal: float, first: float, step
             if prices[phase] <= 0 and step[phase] < 0:
                 step[phase] = 0.0
             square += step[phase] ** 2
-        if square == 0 or value >= goal:
+        if square <= tiny + 1e-300 or value >= goal:
             break
         for phase in range(1, n + 1):
             prices[phase] = max(0.0, prices[phase] + length * (goal - value) / square * step[phase])
@@ -157,7 +174,7 @@ def onward(w: Weights, order: Moments, start: Any, whole: Any, j: int, first: in
     if j + 1 == len(w.size):
         return 0, 0, np.inf, np.inf
     width = order.last[j + 1] + 1
-    records = width < len(order.layer) and order.whole[width]
+    records = width < len(order.layer) and order.whole[width] and order.layer[width] == j + 1
     return start[j + 1] + first * width, width, whole[j + 1, first] if records else np.inf, w.forward[j + 1]
 
 

@@ -1,4 +1,4 @@
-"""Plans of hundreds of layers: the best persistent plan, improved, and how far at most from the optimum it is.
+"""Plans of hundreds of layers: the best persistent plan, improved; `bound` says how near the optimum it is.
 
 A plan is cut at its backwards into phases, as in `bound`; what it keeps across each backward says all: in phase t the
 forwards run that make what B_t reads, and what is kept across it, from what was kept before, in ascending order. So a
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from distsim import compiled
-from distsim.memory.bound import lower_bound, rooms
+from distsim.memory import exact
+from distsim.memory.bound import rooms
 from distsim.memory.chain import Chain
 from distsim.memory.persistent import rows_within
-from distsim.memory.plan import MemoryPlan, Op, with_drops
+from distsim.memory.plan import InfeasibleBudget, MemoryPlan, Op, with_drops
 from distsim.memory.weights import BOTH, INPUT, OUTPUT, SAVED, Rows, Weights, weights
 
 WORK = 6e6
@@ -27,28 +28,29 @@ WORK = 6e6
 SHORT = 17
 """Up to one layer less, larger blocks are tried, all layers at once if they are few."""
 
+EXACT = 12
+"""Layers for which the exact planner is asked where no persistent plan fits."""
+
 
 def plan(chain: Chain, budget: float) -> MemoryPlan:
     """Return a fast plan without offload, never slower than the best persistent one.
 
-    Raises: InfeasibleBudget, which says the least budget that a persistent plan can have; now and then one that is
-    not persistent needs less (`exact` finds it).
+    Raises: InfeasibleBudget, which says the least budget of all plans for chains of up to 12 layers; for longer ones
+    it is the least of persistent plans, and now and then one that is not persistent needs less.
     """
     w = weights(chain)
-    rows = rows_within(w, budget)
+    try:
+        rows = rows_within(w, budget)
+    except InfeasibleBudget:
+        if chain.layers > EXACT:
+            raise
+        return exact.optimal(chain, budget, offload=False)
     kept = kept_by(w, rows)
     better = compiled.call(improve, int(WORK), w, kept, takes(w), rooms(w, budget), budget, int(WORK), 1)
     made = rows_of(w, better)
     if forward_time(chain, made) < forward_time(chain, rows):
         rows = made
     return with_drops(chain, [(Op(op), layer) for op, layer in rows])
-
-
-def gap(chain: Chain, made: MemoryPlan, budget: float) -> float:
-    """Return by which part of the lower bound at most a plan takes longer than the optimum; infinite for bound 0."""
-    time = forward_time(chain, made.rows()) + float(chain.backward.sum())
-    bound = lower_bound(chain, budget, time)
-    return (time - bound) / bound if bound else (0.0 if time == 0 else np.inf)
 
 
 def forward_time(chain: Chain, rows: Any) -> float:

@@ -1,7 +1,7 @@
 """Recompute, offload or keep, chosen layer by layer: near-optimal plans for any chain, with transfers that overlap.
 
 The exact planners know chains whose offload overlaps only without saved intermediates, and up to a dozen layers.
-Here each layer has one of five ways, what follows is built, replayed and timed, and ways are changed, one and then
+Here each layer has one of several ways, what follows is built, replayed and timed, and ways are changed, one and then
 two neighbours at a time, as long as the time goes down.
 """
 
@@ -31,9 +31,13 @@ class Way(IntEnum):
     """All that is kept is copied to disk."""
     OFFLOAD_OUTPUT = 4
     """a_i is, and what else its backward needs is recomputed."""
+    OFFLOAD_REST = 5
+    """a_i is kept, and all that its backward needs is on disk."""
+    OFFLOAD_BOTH = 6
+    """a_i is on disk for itself, beside all that its backward needs: B_(i+1) needs only a_i."""
 
 
-STARTS = 4
+STARTS = 2
 """Of the plans to begin with, how many are improved."""
 
 Ways = tuple[Way, ...]
@@ -84,12 +88,13 @@ def rows(chain: Chain, ways: Sequence[Way], ahead: int) -> list[Row]:
     record = Op.FORWARD if chain.saved is None else Op.RECORD
     found: list[Row] = []
     for layer, way in enumerate(ways, 1):
-        found.append((record if way in (Way.KEEP, Way.OFFLOAD) or layer == chain.layers else Op.FORWARD, layer))
-        if way in (Way.OFFLOAD, Way.OFFLOAD_OUTPUT) and layer < chain.layers:
-            found.append((_transfers(chain, way)[0], layer))
+        last = layer == chain.layers
+        found.append((record if way in (Way.KEEP, *_RECORDED) or last else Op.FORWARD, layer))
+        if not last:
+            found += [(op, layer) for op, _ in _transfers(chain, way)]
     found.append((Op.LOSS, chain.layers))
-    reads = [layer for layer in range(chain.layers - 1, 0, -1) if ways[layer - 1] in (Way.OFFLOAD, Way.OFFLOAD_OUTPUT)]
-    resident = {layer for layer, way in enumerate(ways, 1) if way in (Way.KEEP, Way.CHECKPOINT)} | {0, chain.layers}
+    reads = [layer for layer in range(chain.layers - 1, 0, -1) if ways[layer - 1] in _ON_DISK]
+    resident = {layer for layer, way in enumerate(ways, 1) if way in _RESIDENT} | {0, chain.layers}
     whole = {layer for layer, way in enumerate(ways, 1) if way == Way.KEEP} | {chain.layers}
     for layer in range(chain.layers, 0, -1):
         needed = {layer - 1, layer} if chain.saved is not None or chain.needs == "both" else set()
@@ -99,13 +104,14 @@ def rows(chain: Chain, ways: Sequence[Way], ahead: int) -> list[Row]:
             base -= 1
         while reads and reads[0] >= min(base, layer - ahead):
             each = reads.pop(0)
-            found.append((_transfers(chain, ways[each - 1])[1], each))
+            found.append((_transfers(chain, ways[each - 1])[-1][1], each))  # of both, a_i
             resident.add(each)
             if ways[each - 1] == Way.OFFLOAD:
                 whole.add(each)
         for each in range(base + 1, layer + 1):
             if chain.saved is not None and each not in whole:
-                found.append((Op.RECORD, each))
+                from_disk = ways[each - 1] in (Way.OFFLOAD_REST, Way.OFFLOAD_BOTH)
+                found.append((Op.READ_SAVED if from_disk else Op.RECORD, each))
                 whole.add(each)
             elif chain.saved is None and each not in resident and each <= max(needed):
                 found.append((record, each))
@@ -114,9 +120,21 @@ def rows(chain: Chain, ways: Sequence[Way], ahead: int) -> list[Row]:
     return found
 
 
-def _transfers(chain: Chain, way: Way) -> tuple[Op, Op]:
-    saved = chain.saved is not None and way == Way.OFFLOAD
-    return (Op.WRITE_SAVED, Op.READ_SAVED) if saved else (Op.WRITE, Op.READ)
+_RECORDED = (Way.OFFLOAD, Way.OFFLOAD_REST, Way.OFFLOAD_BOTH)
+_ON_DISK = (Way.OFFLOAD, Way.OFFLOAD_OUTPUT, Way.OFFLOAD_BOTH)
+"""From where a_i, alone or in abar_i, is read back; of the others it is resident or made again."""
+_RESIDENT = (Way.KEEP, Way.CHECKPOINT, Way.OFFLOAD_REST)
+
+
+def _transfers(chain: Chain, way: Way) -> list[tuple[Op, Op]]:
+    """Return the writes of a way, each with its read; what B_(i+1) reads comes last."""
+    plain, saved = (Op.WRITE, Op.READ), (Op.WRITE_SAVED, Op.READ_SAVED)
+    if chain.saved is None:
+        return [plain] if way == Way.OFFLOAD else []
+    return {
+        **{Way.OFFLOAD: [saved], Way.OFFLOAD_OUTPUT: [plain]},
+        **{Way.OFFLOAD_REST: [saved], Way.OFFLOAD_BOTH: [saved, plain]},
+    }.get(way, [])
 
 
 def allowed(chain: Chain) -> list[Way]:
@@ -126,9 +144,11 @@ def allowed(chain: Chain) -> list[Way]:
         return [*found, Way.OFFLOAD] if chain.write is not None else found
     found.append(Way.CHECKPOINT)
     if chain.write_saved is not None:
-        found.append(Way.OFFLOAD)
+        found += [Way.OFFLOAD, Way.OFFLOAD_REST]
     if chain.write is not None:
         found.append(Way.OFFLOAD_OUTPUT)
+    if chain.write_saved is not None and chain.write is not None:
+        found.append(Way.OFFLOAD_BOTH)
     return found
 
 

@@ -25,13 +25,16 @@ from distsim.memory.plan import InfeasibleBudget, MemoryPlan, Op, with_drops
 from distsim.memory.weights import BOTH, INPUT, OUTPUT, SAVED, Rows, Weights, nudged, peak, weights
 
 SLOTS = 2_000
-"""Parts of a budget whose sizes have no common measure, for 200 layers or less; rotor takes 500."""
+"""Most parts of a budget whose sizes have no common measure; rotor takes 500."""
+WORK = 200**3
+"""Layers^3, twice that if outputs are read, up to which there are so many parts; for 400 layers there are 500 to 700.
+Time grows with layers^1.5 then, and memory with their root.
+"""
 EXACT_WORK, EXACT_CELLS = 5e10, 1.2e8
-"""Nothing is rounded while layers^3 and layers^2 / 2 times the number of multiples in the budget are below these:
+"""Nothing is rounded while that work, and layers^2 / 2, times the number of multiples in the budget are below these:
 about a second, and half a GB."""
 SPARE = 0.03
 """Part of the budget by which a plan of rounded sizes may have to stay below it."""
-
 NEVER = 1 << 60
 BLOCK = 8
 STATE, RECORDED = -1, 0
@@ -53,31 +56,40 @@ def rows_within(exact: Weights, budget: float) -> Rows:
     lowest = nudged(exact, lowest, 1)
     if budget < lowest:
         raise InfeasibleBudget(budget, lowest)
-    budget = min(budget, 2 * float(exact.keep.sum() + exact.need.max() + exact.forward_tmp.max()))
+    work = layers**3 * (2 if exact.kind >= OUTPUT else 1)
+    everything = float(exact.keep.sum() + exact.need.max() + exact.forward_tmp.max())
     unit = measure(exact)
-    parts = budget / unit if unit else math.inf
-    whole = parts * layers**3 <= EXACT_WORK and parts * layers**2 / 2 <= EXACT_CELLS
-    if not whole:
-        unit = budget / min(SLOTS, max(SLOTS / 8, SLOTS * (200 / layers) ** 3))
-    slots = math.floor(budget / unit * (1 + 1e-12))
-    rounded = exact._replace(
-        **{name: np.rint(getattr(exact, name) / unit).astype(np.int64) for name in Weights._fields[1:-1]}
-    )
-    spare = 0 if whole else math.ceil(SPARE * slots)
-    tables = compiled.call(fill, layers**3 * slots // 6, rounded, slots, spare)
-    for room in range(slots, slots - spare - 1, -1):
-        rows: Rows = compiled.call(trace, layers**2, rounded, room, (NOTHING, *tables))
-        if rows and (whole or compiled.call(peak, len(rows), exact, np.array(rows)) <= nudged(exact, budget, -1)):
-            return rows
+    parts = min(budget, everything) / unit
+    whole = parts * work <= EXACT_WORK and parts * layers**2 / 2 <= EXACT_CELLS
+    if whole:
+        slots = math.floor(parts * (1 + 1e-12))
+    else:
+        slots = int(SLOTS * min(1.0, math.sqrt(WORK / work)))
+        budget = min(budget, 2 * everything)  # room for what rounding up adds
+        unit = budget / slots
+    # To the nearest part errors even out, but where parts are few what is rounded down is preferred too often. Rounded
+    # up, whatever fits in parts fits.
+    for rounding, spare in ((np.rint, 0 if whole else math.ceil(SPARE * slots)), (np.ceil, 0)):
+        rounded = exact._replace(
+            **{name: rounding(getattr(exact, name) / unit).astype(np.int64) for name in Weights._fields[1:-1]}
+        )
+        tables = compiled.call(fill, layers**3 * slots // 6, rounded, slots, spare)
+        for room in range(slots, slots - spare - 1, -1):
+            rows: Rows = compiled.call(trace, layers**2, rounded, room, (NOTHING, *tables))
+            if rows and (whole or compiled.call(peak, len(rows), exact, np.array(rows)) <= nudged(exact, budget, -1)):
+                return rows
     rows = compiled.call(trace, layers**2, rounded, slots, (picks, *tables))
     return rows
 
 
 def measure(exact: Weights) -> float:
-    """Return the largest number of which all sizes are whole multiples, exactly; of 0.1 and 0.3 it is tiny."""
+    """Return the largest number of which all sizes are whole multiples, exactly; of 0.1 and 0.3 it is tiny.
+
+    If all are 0, it is 1.
+    """
     sizes = {Fraction(each) for column in exact[1:-1] for each in column.tolist()}
     denominator = math.lcm(*(each.denominator for each in sizes))
-    return math.gcd(*(int(each * denominator) for each in sizes)) / denominator
+    return (math.gcd(*(int(each * denominator) for each in sizes)) or denominator) / denominator
 
 
 def least(w: Weights) -> Any:

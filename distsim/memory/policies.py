@@ -16,7 +16,7 @@ from distsim.memory.plan import InfeasibleBudget, MemoryPlan, Point, with_drops
 from distsim.memory.replay import Overlap, Replay, replay
 from distsim.units import shown
 
-EXACT, MIXED = 12, 48
+EXACT, MIXED = 12, 24
 """Layers up to which `auto` plans to the optimum, and tries offload layer by layer."""
 WALK = 24
 """Layers up to which the front of a planner that knows no breakpoints is walked down from plan to plan."""
