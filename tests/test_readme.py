@@ -21,7 +21,7 @@ from distsim.diff import agree, diff
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = ("README.md", "docs/reading-results.md", "docs/sweeps.md", "docs/trainers.md")
+PAGES = ("README.md", "docs/memory.md", "docs/reading-results.md", "docs/sweeps.md", "docs/trainers.md")
 BIN = Path(sys.executable).parent
 
 

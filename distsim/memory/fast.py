@@ -22,8 +22,8 @@ from distsim.memory.persistent import rows_within
 from distsim.memory.plan import InfeasibleBudget, MemoryPlan, Op, with_drops
 from distsim.memory.weights import BOTH, INPUT, OUTPUT, SAVED, Rows, Weights, weights
 
-WORK = 6e6
-"""Times a state is looked at in improving, about 0.4 s on 200 layers."""
+WORK = 3.5e6
+"""Times a state is looked at in improving, about 0.25 s on 200 layers."""
 
 SHORT = 17
 """Up to one layer less, larger blocks are tried, all layers at once if they are few."""

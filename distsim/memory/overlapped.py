@@ -81,7 +81,9 @@ def _optimal(chain: Chain, budget: float, overlap: Duplex, floor: float) -> Memo
         makespan, bound, made, last = call(search, room, tables, moments, *arrays, floor, False, compiled=True)
         if made >= 0:
             assert makespan < math.inf, "a feasible budget has a plan"
-            return with_drops(chain, _rows(layers, arrays[0], last))
+            rows = _rows(layers, arrays[0], last)
+            back = {layer for op, layer in rows if op == Op.READ}
+            return with_drops(chain, [row for row in rows if row[0] != Op.WRITE or row[1] in back])
     raise ConfigError(
         f"{layers} layers within {budget:,.15g} are too many to find the least time with overlapping copies: the "
         f"search has made {ROOM[-1]:,} states; it takes at least {bound:,.15g}. "
