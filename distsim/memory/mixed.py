@@ -7,7 +7,7 @@ two neighbours at a time, as long as the time goes down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import product
 
@@ -44,10 +44,8 @@ Ways = tuple[Way, ...]
 Score = tuple[float, float, float]
 
 
-def plan(
-    chain: Chain, budget: float, overlap: Overlap = "none", tell: Callable[[float], None] = lambda time: None
-) -> MemoryPlan:
-    """Return the best plan found; `tell` is called with the best time so far now and then.
+def plan(chain: Chain, budget: float, overlap: Overlap = "none") -> MemoryPlan:
+    """Return the best plan found.
 
     Raises: InfeasibleBudget with the least budget for which a plan was found.
     """
@@ -76,7 +74,6 @@ def plan(
     best = starts[0]
     for start in starts[:STARTS]:
         best = min(best, descend(start), key=lambda each: score(*each))
-        tell(score(*best)[1])
     (over, _, peak), found = known[best]
     if over:
         raise InfeasibleBudget(budget, peak)
