@@ -75,6 +75,7 @@ def test_trainings_run_beside_their_peers() -> None:
     assert len(titles) == len(set(titles)) == tables
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_plans_run_beside_their_predictions() -> None:
     printed = json.loads(quick("--json", *EXECUTED))

@@ -211,6 +211,7 @@ def command(module: str, *arguments: str) -> str:
     return subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_front_is_run_and_drawn(tmp_path: Path) -> None:
     chain, front, out = (str(tmp_path / name) for name in ("chain.json", "front.json", "measured.json"))

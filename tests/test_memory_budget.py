@@ -232,6 +232,7 @@ def test_a_rank_that_fails_while_others_offload_leaves_nothing(tmp_path: Path) -
     assert list((tmp_path / "spool").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_workers_of_dedicated_servers_run_by_the_plan(two: dict[Any, Any]) -> None:
     """On Ray, where workers and the server are actors; of two gradients the sum is the same one in any exchange."""
     flags = ["--strategy", "parameter-server", "--workers", "2", *[each for each in TRAINING if each != "--json"]]
