@@ -228,7 +228,8 @@ def test_a_front_is_run_and_drawn(tmp_path: Path) -> None:
     assert 1 < len(points) <= 3 and written["origin"] == "measured" and written["measured_plain_time"] > 0
     for point in points:
         assert point["measured_exact"]
-        assert abs(point["measured_peak_memory"] / point["peak_memory"] - 1) < 0.15
+        off = point["measured_peak_memory"] / point["peak_memory"] - 1
+        assert off < 0.15 and (off > -0.15 or point["stores"])  # less, where copies are over early
         for name in ("forwards", "loads", "stores"):
             assert point[f"measured_{name}"] == point[name]
     drawn = fronts.read(Path(out))

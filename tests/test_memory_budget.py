@@ -303,4 +303,4 @@ def test_an_own_loop_that_is_attached_runs_by_a_plan(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(ATTACHED)
     ended = run(torchrun(2, tmp_path / "script.py"), tmp_path)
     assert (ended.code, ended.left) == (0, []), ended.err
-    assert ended.out.split() == ["True", "True"]
+    assert ended.out.count("True") == 2 and "False" not in ended.out  # of two ranks, whose lines may run together

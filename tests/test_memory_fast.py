@@ -68,7 +68,9 @@ def test_too_small_for_any_backward_is_an_infinite_bound() -> None:
     assert bound.lower_bound(chain, float(needs.max())) < math.inf
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["input", "saved", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("output", "both"))]
+)
 def test_two_hundred_layers(kind: str) -> None:
     """Within the budget, never worse than persistent, and proven to be near the optimum."""
     chain = long_chain(200, kind)
