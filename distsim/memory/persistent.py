@@ -5,7 +5,8 @@ chains" (2019, INRIA RR-9302), with this package's rules of memory, for all that
 (i, j, m) stands for the backwards j, ..., i + 1 with a_i resident and m left beside it, from which g_j is paid. LOSS
 is backward L + 1, which reads a_L and has no gradient. The first a_k that is stored splits a state: a forward path
 from i to k, then (k, j, m - a_k), then (i, k, m). Where a backward reads its layer's output, a_k may stay on for B_k:
-a second table, `held`, has the states in which a_j is resident at the start, paid from m too.
+a second table, `held`, has the states in which a_j is resident at the start, paid from m too; what lies below
+may be made before B_j or after it.
 
 Sizes that are multiples of something not too small are taken as they are, and the plan is the optimum. Others are
 rounded to parts of the budget; the plan is then the best that is found to fit unrounded.
@@ -104,7 +105,7 @@ def least(w: Weights) -> Any:
     for i in range(n - 1, -1, -1):
         for j in range(i + 1, n + 1):
             path = 0.0
-            for t in range(1 if w.kind == BOTH and j < n else 0, -1, -1):
+            for t in range(1 if w.kind >= OUTPUT and j < n else 0, -1, -1):
                 held = w.size[j] if t else 0
                 path = 0.0
                 if j == i + 1 and (j == n or t or w.kind == INPUT):
@@ -115,7 +116,9 @@ def least(w: Weights) -> Any:
                     if value < found[t, i, j]:
                         found[t, i, j], pick[t, i, j] = value, k
             if w.kind == OUTPUT and j < n:
-                found[1, i, j] = max(w.need[j], found[0, i, j - 1] if j - 1 > i else 0)
+                value = max(w.need[j], found[0, i, j - 1] if j - 1 > i else 0)
+                if value <= found[1, i, j]:
+                    found[1, i, j], pick[1, i, j] = value, -1
             if w.kind == SAVED and i + 1 < n:
                 inner = found[0, i + 1, j] if j > i + 1 else 0
                 whole = w.grad[j] + w.keep[i + 1] + w.forward_tmp[i + 1]
@@ -191,7 +194,7 @@ def fill(w: Weights, slots: int, spare: int) -> Any:
             for k in range(j - 1, block - 1, -1):
                 if k < above:  # all that splits (k, j) has been
                     others(w, table, low, top, bottom[k], start, path[k], time[k], k, j)
-                for t in range(1 if w.kind == BOTH and j < n else 0, -1, -1):
+                for t in range(1 if w.kind >= OUTPUT and j < n else 0, -1, -1):
                     for i in range(min(above, k) - 1, block - 1, -1):
                         at = max(w.grad[j] + path[i, k], low[t, k, j] + w.size[k], low[rest, i, k])
                         at = max(at, min(bottom[i], top[i, j]))
@@ -255,8 +258,10 @@ def others(
         if j > i + 1:
             at = max(at, low[0, i, j - 1])
         for m in range(at, last + 1):
-            table[start[1, i, j] + m] = table[start[0, i, j - 1] + min(m, top[i, j - 1])] if j > i + 1 else 0.0
-        low[1, i, j] = at if at <= last else NEVER
+            value = table[start[0, i, j - 1] + min(m, top[i, j - 1])] if j > i + 1 else 0.0
+            table[start[1, i, j] + m] = min(table[start[1, i, j] + m], value)
+        if at <= last:
+            low[1, i, j] = min(low[1, i, j], at)
     if w.kind == SAVED and i + 1 < n:
         store = w.keep[i + 1]
         at = max(w.grad[j] + store + w.forward_tmp[i + 1], w.need[i + 1], lowest)
@@ -303,7 +308,7 @@ def trace(w: Weights, slots: int, tables: tuple[Any, Any, Any, Any]) -> Any:
                 at = min(m, top[i, j])
                 t = 1 if table[start[1, i, j] + at] <= table[start[0, i, j] + at] else 0
         k = pick[t, i, j] if picked else best(w, table, top, start, t, i, j, m)
-        if t and w.kind == OUTPUT:
+        if t and w.kind == OUTPUT and k < 0:
             stack.append((STATE, 0, i, j - 1, m))
             stack.append((3, 0, j, 0, 0))
         elif k < 0:
@@ -329,6 +334,8 @@ def best(w: Weights, table: Any, top: Any, start: Any, t: int, i: int, j: int, m
     held = w.size[j] if t else 0
     found, least_time = -1, np.inf
     path, time = 0, 0.0
+    if t and w.kind == OUTPUT and m >= w.need[j]:
+        least_time = table[start[0, i, j - 1] + min(m, top[i, j - 1])] if j > i + 1 else 0.0
     for k in range(i + 1, min(j, n - 1) + 1):
         path = max(path, (w.size[k - 1] if k - 1 > i else 0) + w.size[k] + w.forward_tmp[k])
         time += w.forward[k]
