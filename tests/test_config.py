@@ -41,6 +41,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("memory_budget", "0", "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not '0'"),
     ("memory_budget", "0.1 B", "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not '0.1 B'"),
     ("memory_budget", True, "--memory-budget must be bytes, as in 2GiB or 20000000, or none, not True"),
+    ("batch_norm", "synch", "--batch-norm must be keep or sync or group, not 'synch'; did you mean 'sync'?"),
     ("offload", " ", "--offload must be none, host or a folder, not ' '"),
     ("offload", None, "--offload must be none, host or a folder, not None"),
     ("bucket_mb", "25 MB", "--bucket-mb must be a positive number, not '25 MB'"),

@@ -190,6 +190,14 @@ class RunConfig:
     accumulate: int = field(
         default=1, metadata=_about(_whole(1), "micro-batches of a worker in a step, with one exchange for all")
     )
+    batch_norm: str = field(
+        default="keep",
+        metadata=_about(
+            _one_of("keep", "sync", "group"),
+            "statistics of batch normalisation: keep, over a worker's micro-batch; sync, over those that all workers "
+            "have at a time; group, over each sample: group normalisation in its place",
+        ),
+    )
     uneven: str = field(
         default="join",
         metadata=_about(_one_of("join", "drop"), "samples left at an epoch's end: join, a smaller step, or drop"),
@@ -252,6 +260,11 @@ class RunConfig:
         transport = f"--transport {self.transport}"
         if servers and self.transport != "auto":
             raise ConfigError(f"{transport} connects workers; dedicated servers are reached through Ray: leave it out")
+        if servers and self.batch_norm == "sync":
+            raise ConfigError(
+                "--batch-norm sync goes over torch.distributed, and with dedicated servers workers are Ray actors; use "
+                "--batch-norm group, or let workers be servers: --strategy parameter-server:placement=colocated"
+            )
         if self.transport == "library" and parse(self.strategy).name != "ring":
             raise ConfigError(
                 f"{transport} is the library's ring all-reduce; with --strategy {self.strategy} use --transport auto"
@@ -267,6 +280,11 @@ class RunConfig:
             raise ConfigError(
                 "--memory-budget runs layers one by one, some of them again, and --compile makes one function of them; "
                 "leave one of the two out"
+            )
+        if self.batch_norm == "sync" and self.compile:
+            raise ConfigError(
+                "--batch-norm sync talks to the other workers at every normalisation, where a compiled function has to "
+                "end: --compile would have next to nothing to compile; leave one of the two out"
             )
         if self.precision != "full" and self.dtype != "float32":
             raise ConfigError(

@@ -1,10 +1,7 @@
-"""The training loop, read top to bottom: gather micro-batches, count, forward and backward, wait for the buckets,
-clip, check, update, share, log.
+"""The training loop, read top to bottom: gather micro-batches, sum their gradients, clip, check, update, share, log.
 
 It is the same for every strategy. A rank computes if it is a worker, updates if the exchange leaves it with summed
-gradients, and takes part in every exchange either way. A workload's loss is a sum over what counts (tokens, say), and
-gradients are divided by the count of all micro-batches of all ranks once they are summed: so they are those of one
-large batch, however unequal its parts.
+gradients, and takes part in every exchange either way.
 """
 
 from __future__ import annotations
@@ -29,7 +26,8 @@ from trainers.config import RunConfig
 from trainers.data import Order
 from trainers.exchanger import Handle, Reducer
 from trainers.fingerprint import model_digest
-from trainers.plan import EVALUATION, NORM, NUMBERS, Plan, trainable
+from trainers.gradients import expected_count, summed
+from trainers.plan import EVALUATION, NORM, Plan, trainable
 from trainers.precision import Precision
 from trainers.timing import machine
 from trainers.transport import MessageLog, synchronize
@@ -126,70 +124,41 @@ def train(
     buckets = Buckets(parameters, plan, lambda number, bucket: handles.append(reducer.reduce(number, bucket)))
     flat = flat_parameters(parameters, plan) if plan.has_servers else []
     works, updates = rank < plan.workers, bool(plan.exchanges[0].updates()[rank])
-    expected = _expected(config, workload)
+    expected = expected_count(workload, config.workers * config.batch_size * config.accumulate)
     torch.manual_seed(_seed(config.seed, rank))  # of dropout, which is to differ between ranks
     result, updated = RankResult(machine=machine()), 0
 
     for step in range(config.steps):
         began = time.monotonic()
-        reducer.begin()
-        buckets.begin()
-
         batches = _gather(workload, order.micro_batches(step, rank) if works else [])
-        count = sum(workload.count(batch) for batch in batches)
-
-        losses = torch.zeros((), dtype=torch.float64, device=device)
-        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
-            if left == 0 and config.overlap:
-                buckets.expect_last()
-            with precision.autocast():
-                loss = workload.loss(model, to_device(batch, device))
-            if not isinstance(loss, Tensor) or loss.dim():
-                raise ConfigError("the workload's loss must return a sum, a tensor without dimensions")
-            torch.autograd.backward(loss * (precision.scale / expected))
-            losses += loss.detach()
-
-        if not config.overlap:
-            synchronize(device)
-            reducer.barrier()
-        waits = time.monotonic()
-        buckets.finish()
-        total, loss_sum, *used = reducer.sum(NUMBERS, [count, float(losses), *map(float, buckets.used)])()
-        for handle in handles:
-            handle.wait()
-        handles.clear()
-        exposed_s = time.monotonic() - waits
-        if not config.overlap:
-            reducer.barrier()  # nobody computes on while others still exchange: processes may share cores
-
-        factor = expected / precision.scale / max(total, 1.0)
-        norm = gradient_norm(buckets.gradients, plan, rank, reducer) * factor
-        finite = math.isfinite(norm) and math.isfinite(loss_sum)
+        got = summed(workload, batches, expected, buckets, handles, reducer, precision, overlap=config.overlap)
+        norm = gradient_norm(buckets.gradients, plan, rank, reducer) * got.factor
+        finite = math.isfinite(norm) and math.isfinite(got.loss_sum)
         if not finite and precision.scale <= 1.0:
-            what = "gradient" if math.isfinite(loss_sum) else "loss"
+            what = "gradient" if math.isfinite(got.loss_sum) else "loss"
             raise ConfigError(f"step {step}: the {what} is not finite; lower the learning rate or set --clip-norm")
         precision.update(finite)
 
         # The rate for the log, on all ranks: only those that update step their schedule.
         rate = rates.base_lrs[0] * rates.lr_lambdas[0](updated)
-        if finite and total:
+        if finite and got.counted:
             updated += 1
             if updates:
                 clip = min(1.0, (config.clip_norm or math.inf) / norm) if norm else 1.0
-                buckets.scale(factor * clip)
-                buckets.drop([bool(flag) for flag in used])
+                buckets.scale(got.factor * clip)
+                buckets.drop(got.used)
                 optimizer.step()
                 rates.step()
         waits = time.monotonic()  # where servers have updated, the workers get their parameters now
         for handle in [reducer.share(number, part) for number, part in enumerate(flat)]:
             handle.wait()
-        exposed_s += time.monotonic() - waits
+        exposed_s = got.exposed_s + time.monotonic() - waits
 
         synchronize(device)
         if flat and not config.overlap:
             reducer.barrier()
-        result.note(reducer, loss_sum / max(total, 1.0), time.monotonic() - began, exposed_s)
-        on_step(step, count=int(total), learning_rate=rate, grad_norm=norm, skipped=not finite, **result.last)
+        result.note(reducer, got.loss_sum / max(got.counted, 1.0), time.monotonic() - began, exposed_s)
+        on_step(step, count=int(got.counted), learning_rate=rate, grad_norm=norm, skipped=not finite, **result.last)
         if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and workload.evaluation is not None:
             on_evaluation(step, **evaluate(config, workload, workload.evaluation, rank, reducer, precision))
 
@@ -238,15 +207,6 @@ def evaluate(
         module.training = training
     total, loss_sum = reducer.sum(EVALUATION, [count, float(losses)])()
     return {"loss": loss_sum / max(total, 1.0), "count": int(total)}
-
-
-def _expected(config: RunConfig, workload: Workload) -> int:
-    """Return about how much a step counts: loss and gradients are divided by it until the true count is known.
-
-    The result does not depend on it, but half precision has no range for sums over thousands of tokens.
-    """
-    each = workload.count(workload.collate([workload.data[0]]))
-    return config.workers * config.batch_size * config.accumulate * max(each, 1)
 
 
 def _seed(seed: int, rank: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from distsim.errors import DistsimError
 from distsim.schedule import ITEMSIZE
-from trainers import budget, profiling, report, workload
+from trainers import budget, norms, profiling, report, workload
 from trainers.config import RunConfig
 from trainers.exchanger import Exchanger
 from trainers.fingerprint import Fingerprint, agree, fingerprint
@@ -36,6 +36,7 @@ def run(
     """
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
+    norms.apply(config, work)
     budget.check(config, work)
     exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out)
@@ -129,6 +130,7 @@ class Rank:
         """Build model and exchanges; return what must be the same on all ranks."""
         self._config = config
         self._workload = workload.load(config.workload, config.options, config.seed, config.dtype)
+        norms.apply(config, self._workload)
         self._plan = plan(
             trainable(self._workload.model), config.strategy, config.workers, config.bucket_mb, config.overlap
         )

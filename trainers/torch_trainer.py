@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainers import budget, profiling, report, workload
+from trainers import budget, norms, profiling, report, workload
 from trainers.config import RunConfig
 from trainers.exchanger import Exchanger, LibraryExchanger
 from trainers.fingerprint import fingerprint
@@ -30,6 +30,7 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
     device = local_device()
     work = workload.load(config.workload, config.options, config.seed, config.dtype)
     check(config, work)
+    norms.apply(config, work)
     budget.check(config, work)
     exchanges = plan(trainable(work.model), config.strategy, config.workers, config.bucket_mb, config.overlap)
     predicted = report.prepare(exchanges, config, cluster, out) if rank == 0 else None
@@ -42,6 +43,8 @@ def run(config: RunConfig, cluster: str | None, out: Path, *, tensorboard: bool 
             os.environ.setdefault("NCCL_ALGO", "Ring")  # the algorithm that the schedule is compared with
         group.start()
         work.model.to(device)
+        if config.batch_norm == "sync":
+            norms.to_synchronised(work.model)
         metrics = Metrics(
             folder=out if rank == 0 else None,
             name=report.file_name(config),

@@ -18,7 +18,7 @@ import sysconfig
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,8 @@ class Workload:
     loss: Callable[[nn.Module, Any], Tensor]
     """Of a model and a batch: the SUM over all that counts in the batch, a scalar. Dividing comes later, by the
     count of all micro-batches and ranks; means of means are not the mean."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """What `loss` returns. A mean, over what `count` says, is made a sum by `load`."""
     count: Callable[[Any], int] = first_dimension
     """How much counts in a batch: its samples, or its tokens that are not padding."""
     collate: Callable[[list[Any]], Any] = default_collate
@@ -76,6 +78,9 @@ class Workload:
     layers: str | None = None
     """The nn.Sequential that memory plans apply to, by its name in the model (`blocks`, `encoder.layers`); None: the
     model itself."""
+    loop: Callable[[nn.Module, torch.optim.Optimizer, Sequence[Any], int], object] | None = None
+    """A loop of your own for `python -m trainers.accumulation` to test, see `trainers.accumulation.loops`; training
+    does not use it."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError if there is nothing to train, or nothing to train it on."""
@@ -83,9 +88,11 @@ class Workload:
             raise ConfigError(f"a Workload's model must be a torch.nn.Module, not {type(self.model).__name__}")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError("a Workload's model must have parameters that require a gradient; it has none")
-        for name in ("loss", "count", "collate"):
+        for name in ("loss", "count", "collate", *(["loop"] if self.loop is not None else [])):
             if not callable(getattr(self, name)):
                 raise ConfigError(f"a Workload's {name} must be a function, not {shown(getattr(self, name))}")
+        if self.reduction not in ("sum", "mean"):
+            raise ConfigError(f"a Workload's reduction must be sum or mean, not {shown(self.reduction)}")
         for name, samples in self.parts().items():
             if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
                 raise ConfigError(
@@ -111,7 +118,7 @@ def load(workload: str, options: Mapping[str, object], seed: int, dtype: str) ->
         function = _find(BUILT_IN.get(workload, workload))
         arguments = _arguments(workload, function, options)
         torch.manual_seed(seed)
-        with _explained(f"--workload {workload}"):
+        with explained(f"--workload {workload}"):
             made = function(**arguments)
     if not isinstance(made, Workload):
         raise ConfigError(
@@ -119,7 +126,21 @@ def load(workload: str, options: Mapping[str, object], seed: int, dtype: str) ->
             "loss=...)"
         )
     made.model.to(getattr(torch, dtype))
-    return replace(made, data_name=made.data_name or f"the data of {workload}")
+    return replace(of_sums(made), data_name=made.data_name or f"the data of {workload}")
+
+
+def of_sums(workload: Workload) -> Workload:
+    """Return the same workload with a loss that is a sum, as all who train it expect."""
+    if workload.reduction == "sum":
+        return workload
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        count = workload.count(batch)
+        if not count:
+            return torch.zeros((), requires_grad=True)  # the mean of nothing is not a number
+        return workload.loss(model, batch) * count
+
+    return replace(workload, loss=loss, reduction="sum")
 
 
 def sequence(workload: Workload) -> nn.Sequential:
@@ -149,12 +170,17 @@ def sequence(workload: Workload) -> nn.Sequential:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with its tensors on `device`, in whatever dicts, lists and tuples they are."""
+    return mapped(batch, lambda tensor: tensor.to(device))
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with each of its tensors changed, in whatever dicts, lists and tuples they are."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: mapped(value, change) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
+        moved = [mapped(value, change) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
@@ -172,7 +198,7 @@ def data_digest(workload: Workload) -> str:
             digest.update(f"{name} {len(samples)}".encode())
             for index in sorted({0, len(samples) // 2, len(samples) - 1}):
                 torch.manual_seed(0)
-                with _explained(f"reading sample {index} of the workload's {name}"):
+                with explained(f"reading sample {index} of the workload's {name}"):
                     _feed(digest.update, samples[index])
     return digest.hexdigest()
 
@@ -213,7 +239,7 @@ def _find(reference: str) -> Callable[..., object]:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-    with _explained(f"--workload {reference}: importing {name} failed"):
+    with explained(f"--workload {reference}: importing {name} failed"):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -230,7 +256,7 @@ def _find(reference: str) -> Callable[..., object]:
 
 def _arguments(workload: str, function: Callable[..., object], options: Mapping[str, object]) -> dict[str, Any]:
     """Return `options` with the types that the function's annotations say."""
-    with _explained(f"--workload {workload}: reading the types of its options failed"):
+    with explained(f"--workload {workload}: reading the types of its options failed"):
         parameters = inspect.signature(function, eval_str=True).parameters.values()
     known = {each.name: each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
     others = next((each for each in parameters if each.kind is each.VAR_KEYWORD), None)
@@ -298,7 +324,7 @@ def _kind(value: object) -> str:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turn what somebody's own code raises into one message: what it is, and on which line of theirs."""
     try:
         yield

@@ -35,8 +35,12 @@ def build(
     context: int = 128,
     dropout: float = 0.0,
     text: str | None = None,
+    lines: bool = False,
 ) -> Workload:
     """Build model and data: bytes of a file, or of the standard library of Python, which is on every machine.
+
+    With `lines` every line is a document of its own, so that samples have very different numbers of tokens, as they
+    have in fine-tuning on questions and answers.
 
     Raises: ConfigError for sizes that no model has, and for a text that cannot be read or is too short.
     """
@@ -48,6 +52,8 @@ def build(
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and less than 1, not {dropout}")
     origin, documents = _standard_library() if text is None else (text, [_file(text)])
+    if lines:
+        documents = [line for document in documents for line in _lines(document)]
     everything = Pieces(documents, context)
     if not len(everything):
         raise ConfigError(f"text={origin}: there is nothing to learn from fewer than 2 bytes")
@@ -132,6 +138,10 @@ def _standard_library() -> tuple[str, list[Bytes]]:
     """The top-level modules of Python's standard library, a document each."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return f"Python {sysconfig.get_python_version()} standard library", [_file(str(file)) for file in files]
+
+
+def _lines(document: Bytes) -> list[Bytes]:
+    return np.split(document, np.flatnonzero(document == ord("\n")) + 1)
 
 
 def _file(path: str) -> Bytes:
