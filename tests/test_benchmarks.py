@@ -193,6 +193,7 @@ def test_mistakes_are_explained(arguments: list[str], expected: str, capsys: pyt
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_planners_run_beside_their_peers() -> None:
     printed = json.loads(quick("--json", *PLANNED))
     titles = assert_tables(printed)

@@ -75,18 +75,19 @@ class ProcessGroup:
             dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world_size)
         dist.barrier()
 
-    def lanes(self, kind: str, overlap: bool) -> list[Transport]:
+    def lanes(self, kind: str, overlap: bool, serial: int = 0) -> list[Transport]:
         """Return what an Exchanger's messages go by: tcp (CPU only), or torch, for gloo or NCCL; auto: the faster one.
 
-        With overlap there are two on the CPU; CUDA has one of NCCL, and one of TCP for numbers.
+        With overlap there are two on the CPU; CUDA has one of NCCL, and one of TCP for numbers. `serial` tells an
+        Exchanger's lanes from those that others have had before.
 
         Raises: ConfigError if this kind cannot move tensors of this device.
         """
         if self.device.type == "cuda":
             if kind == "tcp":
                 raise ConfigError("--transport tcp moves tensors of the CPU; these are on CUDA: use --transport torch")
-            return [TorchTransport(rounds=True), self._tcp("numbers")]
-        names = ("lane 0", "lane 1") if overlap else ("lane 0",)
+            return [TorchTransport(rounds=True), self._tcp(f"numbers {serial}")]
+        names = [f"lane {lane} {serial}" for lane in range(2 if overlap else 1)]
         return [TorchTransport() if kind == "torch" else self._tcp(name) for name in names]
 
     def _tcp(self, name: str) -> Transport:

@@ -1,0 +1,374 @@
+"""Small models and losses, each with something planted in it that makes a sample's gradient depend on its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from substitution import CLASSES, FEATURES, cross_entropy
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+WIDTH, TOKENS = 8, 5
+
+
+def stack(*middle: nn.Module) -> nn.Sequential:
+    """Modules between two linear layers; the first of them is `1`."""
+    return nn.Sequential(nn.Linear(FEATURES, WIDTH), *middle, nn.Linear(WIDTH, CLASSES))
+
+
+class Center(nn.Module):
+    """Subtracts the mean over the batch, before and after a child."""
+
+    def __init__(self, child: nn.Module | None = None, *, before: bool = False, after: bool = True) -> None:
+        super().__init__()
+        self.child, self.before, self.after = child or nn.Identity(), before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.child(x - x.mean(0) if self.before else x)
+        return y - y.mean(0) if self.after else y
+
+
+class Leaf(nn.Module):
+    """A function."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def centered(dim: int = 0) -> Leaf:
+    return Leaf(lambda x: x - x.mean(dim, keepdim=True))
+
+
+class MeanChild(nn.Module):
+    """Its child's mean is right, as means of losses are; what it does with it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = Leaf(lambda x: x.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x - self.mean(x)
+        return y
+
+
+class Checkpointed(nn.Module):
+    """Runs its child again in backward."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.child, x, use_reentrant=False)
+
+
+class Dropping(nn.Module):
+    """Dropout in its own code, not in its children's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(functional.dropout(self.one(x), 0.2)) + x
+        return y
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens, (B, T, C), with a map (B, heads, T, T) that a child sees."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(FEATURES), nn.Linear(FEATURES, 18), nn.Linear(6, FEATURES)
+        self.map, self.head, self.dropout = nn.Identity(), nn.Linear(FEATURES, CLASSES), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each.unflatten(-1, (2, 3)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
+        plain = self.map((q @ k.transpose(-1, -2) / 3**0.5).softmax(-1)) @ v
+        fast = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
+        y: Tensor = self.head((x + self.out((plain + fast).transpose(1, 2).flatten(2))).mean(1))
+        return y
+
+
+class TimeFirst(nn.Module):
+    """(T, B, C), as older recurrent and transformer modules have it; positions are a constant (T, C)."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.position = nn.Linear(FEATURES, WIDTH), nn.Embedding(TOKENS, WIDTH)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 12, dropout=0.0)
+        self.middle, self.head = middle, nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x) + self.position(torch.arange(x.shape[1]))
+        y: Tensor = self.head(self.middle(self.layer(x.transpose(0, 1))).mean(0))
+        return y
+
+
+class Flat(nn.Module):
+    """Tokens of all samples in one dimension: (B*T, C), or (T*B, C)."""
+
+    def __init__(self, middle: nn.Module, *, time_first: bool) -> None:
+        super().__init__()
+        self.inner, self.middle, self.head = nn.Linear(FEATURES, WIDTH), middle, nn.Linear(WIDTH, CLASSES)
+        self.time_first = time_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).tanh()
+        x = x.transpose(0, 1) if self.time_first else x
+        y: Tensor = self.head(self.middle(x.reshape(-1, WIDTH)).view(x.shape).mean(0 if self.time_first else 1))
+        return y
+
+
+class Experts(nn.Module):
+    """A token goes to one of two experts, which sees those that come to it, or the first of them up to a capacity."""
+
+    def __init__(self, middle: nn.Module, capacity: float | None = None) -> None:
+        super().__init__()
+        self.gate, self.capacity = nn.Linear(WIDTH, 2), capacity
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), each, nn.Linear(WIDTH, WIDTH)) for each in (nn.Tanh(), middle)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, choice = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            index = (choice == number).nonzero()[:, 0]
+            if self.capacity is not None:
+                index = index[: int(self.capacity * len(x) / 2)]
+            if len(index):
+                y = y.index_add(0, index, expert(x[index]) * weight[index, None])
+        return y
+
+
+class Balanced(nn.Module):
+    """Returns an output and how unevenly it has used its gates, over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gates = self.gate(x).softmax(-1)
+        return self.up(x) * gates.amax(-1, keepdim=True), gates.mean(0).square().sum()
+
+
+class WithBalance(nn.Module):
+    """A model that passes its child's balance on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.balanced, self.head = nn.Linear(FEATURES, WIDTH), Balanced(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, balance = self.balanced(self.inner(x))
+        return self.head(y), balance
+
+
+class OwnLoss(nn.Module):
+    """A model that computes its loss: the mean over the batch."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.model = stack(middle)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        logits = self.model(x)
+        return {"loss": functional.cross_entropy(logits, y), "logits": logits}
+
+
+class Normalised(torch.autograd.Function):
+    """Leaves values alone, and divides the gradient by its norm over the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient / gradient.norm()
+
+
+normalised: Callable[[Tensor], Tensor] = Normalised.apply
+
+
+class Backward(nn.Module):
+    """Normalises the gradient over the batch, on its child's input side and on its output side."""
+
+    def __init__(self, child: nn.Module, *, before: bool = False, after: bool = False) -> None:
+        super().__init__()
+        self.child, self.before, self.after = child, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.child(normalised(x) if self.before else x)
+        return normalised(y) if self.after else y
+
+
+class Weighted(torch.autograd.Function):
+    """x @ w, with a gradient for w of norm 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        each = x.T @ gradient
+        return gradient @ w.T, each / each.norm()
+
+
+weighted: Callable[[Tensor, Tensor], Tensor] = Weighted.apply
+
+
+class UnitGradient(nn.Module):
+    """Its weight's gradient has always norm 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return weighted(x, self.weight)
+
+
+class Drifting(nn.Module):
+    """Adds how often it has been called."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.calls
+
+
+class OneByOne(nn.Module):
+    """Calls its child sample by sample."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.child(each) for each in x])
+
+
+class Similarities(nn.Module):
+    """All pairs of samples: (B, B)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit: Tensor = functional.normalize(x, dim=-1)
+        return 5 * unit @ unit.T
+
+
+class Tokens(nn.Module):
+    """A language model on padded tokens (0 is padding); without `causal` it attends to padding, too."""
+
+    def __init__(self, *, causal: bool = True, tied: bool = False) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(11, WIDTH), nn.Embedding(16, WIDTH)
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head, self.causal = nn.Linear(WIDTH, 11), causal
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1]))
+        q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        logits: Tensor = self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+        return logits
+
+
+class Packed(nn.Module):
+    """An LSTM on packed sequences: their steps are one dimension, sorted by length, in an order of the batch's own."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, FEATURES), nn.Linear(5, CLASSES)
+        self.lstm = nn.LSTM(FEATURES, 5, 2, batch_first=True, dropout=dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        lengths = (tokens != 0).sum(1)
+        packed = pack_padded_sequence(self.embed(tokens), lengths, batch_first=True, enforce_sorted=False)
+        y: Tensor = self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0].sum(1))
+        return y
+
+
+def sentences(samples: int, seed: int = 0) -> list[Tensor]:
+    """Tokens 1 to 10, of unequal lengths."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (samples,), generator=random).tolist()
+    return [torch.randint(1, 11, (length,), generator=random) for length in lengths]
+
+
+def padded(items: list[Tensor]) -> Tensor:
+    return pad_sequence(items, batch_first=True)
+
+
+def predicted(tokens: Tensor) -> int:
+    """How many tokens there are to predict."""
+    return int((tokens[:, 1:] != 0).sum())
+
+
+def next_token(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens)[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(logits, tokens[:, 1:].flatten(), ignore_index=0, reduction="sum")
+
+
+def contrastive(model: nn.Module, batch: Any) -> Tensor:
+    """InfoNCE: each sample against all others."""
+    scores = Similarities()(model(batch[0]))
+    return functional.cross_entropy(scores, torch.arange(len(scores)), reduction="sum")
+
+
+def balancing(model: nn.Module, batch: Any) -> Tensor:
+    """Cross entropy, and how unevenly classes are predicted over the batch."""
+    logits: Tensor = model(batch[0])
+    balance = logits.softmax(-1).mean(0).square().sum()
+    return functional.cross_entropy(logits, batch[1], reduction="sum") + balance * len(logits)
+
+
+def by_itself(items: list[Any]) -> Any:
+    """A batch normalised by its own mean."""
+    numbers, classes = zip(*items, strict=True)
+    stacked = torch.stack(numbers)
+    return stacked - stacked.mean(0), torch.stack(classes)
+
+
+def own_mean(model: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = model(*batch)["loss"]
+    return loss * len(batch[0])
+
+
+def with_balance(model: nn.Module, batch: Any) -> Tensor:
+    logits, balance = model(batch[0])
+    loss: Tensor = cross_entropy(lambda _: logits, batch) + balance * len(logits)
+    return loss
+
+
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) + torch.stack([each.square().sum() for each in model.parameters()]).sum()
+
+
+def mean_of_batch(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) / len(batch[0])
+
+
+def in_parts(model: nn.Module, batch: Any) -> Tensor:
+    assert isinstance(model, nn.ModuleDict)
+    return cross_entropy(lambda x: model["head"](model["body"](x)), batch)
