@@ -175,15 +175,15 @@ class WithBalance(nn.Module):
 
 
 class OwnLoss(nn.Module):
-    """A model that computes its loss: the mean over the batch."""
+    """A model that computes its loss: the mean over the batch, or the sum."""
 
-    def __init__(self, middle: nn.Module) -> None:
+    def __init__(self, middle: nn.Module, reduction: str = "mean") -> None:
         super().__init__()
-        self.model = stack(middle)
+        self.model, self.reduction = stack(middle), reduction
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         logits = self.model(x)
-        return {"loss": functional.cross_entropy(logits, y), "logits": logits}
+        return {"loss": functional.cross_entropy(logits, y, reduction=self.reduction), "logits": logits}
 
 
 class Normalised(torch.autograd.Function):
@@ -256,6 +256,32 @@ class Drifting(nn.Module):
         return x + self.calls
 
 
+class RunningMean(nn.Module):
+    """Subtracts a mean that the batch changes first."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Picked(nn.Module):
+    """Hands the positive numbers of all samples to its child, in one dimension, and puts them back."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child, self.head = child, nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x.masked_scatter(x > 0, self.child(x[x > 0])))
+        return y
+
+
 class OneByOne(nn.Module):
     """Calls its child sample by sample."""
 
@@ -278,9 +304,9 @@ class Similarities(nn.Module):
 class Tokens(nn.Module):
     """A language model on padded tokens (0 is padding); without `causal` it attends to padding, too."""
 
-    def __init__(self, *, causal: bool = True, tied: bool = False) -> None:
+    def __init__(self, *, causal: bool = True, tied: bool = False, position: nn.Module | None = None) -> None:
         super().__init__()
-        self.embed, self.position = nn.Embedding(11, WIDTH), nn.Embedding(16, WIDTH)
+        self.embed, self.position = nn.Embedding(11, WIDTH), position or nn.Embedding(16, WIDTH)
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.head, self.causal = nn.Linear(WIDTH, 11), causal
         if tied:
@@ -330,9 +356,26 @@ def next_token(model: nn.Module, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(logits, tokens[:, 1:].flatten(), ignore_index=0, reduction="sum")
 
 
+class OwnTextLoss(nn.Module):
+    """A language model that computes its loss: the mean over the tokens that are to be predicted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Tokens()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return next_token(self.model, tokens) / predicted(tokens)
+
+
 def contrastive(model: nn.Module, batch: Any) -> Tensor:
     """InfoNCE: each sample against all others."""
     scores = Similarities()(model(batch[0]))
+    return functional.cross_entropy(scores, torch.arange(len(scores)), reduction="sum")
+
+
+def scored(model: nn.Module, batch: Any) -> Tensor:
+    """InfoNCE of a model that returns all pairs."""
+    scores = model(batch[0])
     return functional.cross_entropy(scores, torch.arange(len(scores)), reduction="sum")
 
 
@@ -348,6 +391,11 @@ def by_itself(items: list[Any]) -> Any:
     numbers, classes = zip(*items, strict=True)
     stacked = torch.stack(numbers)
     return stacked - stacked.mean(0), torch.stack(classes)
+
+
+def own_sum(model: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = model(*batch)["loss"]
+    return loss
 
 
 def own_mean(model: nn.Module, batch: Any) -> Tensor:

@@ -100,10 +100,23 @@ INNOCENT: dict[str, Callable[[], Case]] = {
     "tied weights": lambda: text(Tokens(tied=True)),
     "packed": lambda: text(Packed(), lambda model, batch: model(batch).square().sum(), len),
     "the model's own loss": lambda: Case(OwnLoss(nn.Tanh()), vectors(7), own_mean),
+    "the model's own sum": lambda: Case(OwnLoss(nn.Tanh(), "sum"), vectors(7), own_sum),
+    "the model's own mean over words": lambda: text(
+        OwnTextLoss(), lambda model, batch: model(batch) * predicted(batch), predicted
+    ),
+    "picked numbers": lambda: Case(Picked(nn.Tanh()), picked()),
     "no model, but parts": lambda: Case(
         nn.ModuleDict({"body": stack(), "head": nn.Linear(CLASSES, 4)}), vectors(7), in_parts
     ),
 }
+
+
+def picked() -> list[tuple[Tensor, Tensor]]:
+    """How many numbers are positive, so that only the second micro-batch's look as if they had a batch dimension."""
+    data = vectors(7)
+    for (numbers, _), positive in zip(data, (1, 2, 2, 2, 2, 2, 3), strict=True):
+        numbers.abs_().mul_(torch.where(torch.arange(FEATURES) < positive, 1, -1))
+    return data
 
 
 def linear_in() -> nn.Linear:
@@ -208,6 +221,26 @@ FORWARD: dict[str, tuple[Callable[[], Case], list[str], str]] = {
         ["1"],
         "changes what the next one depends on: weight_u, weight_v",
     ),
+    "a running mean": (lambda: Case(stack(RunningMean(), nn.Tanh()), vectors(7)), ["1"], "its output for a sample"),
+    "another order": (
+        lambda: Case(nn.Sequential(linear_in(), Leaf(lambda x: x.roll(1, 0))), vectors(7)),
+        ["1"],
+        "its output for a sample",
+    ),
+    "pairs for the loss": (
+        lambda: Case(nn.Sequential(linear_in(), Similarities()), vectors(7), scored),
+        ["1"],
+        "pairs",
+    ),
+    "nobody knows what for the loss": (
+        lambda: Case(
+            nn.Sequential(stack(nn.Dropout(0.3)), Leaf(lambda x: (x - x.mean(0))[x > 0])),
+            vectors(7),
+            lambda model, batch: model(batch[0]).square().sum(),
+        ),
+        ["0.1"],
+        "random",
+    ),
     "a counter": (lambda: Case(stack(Drifting(), nn.Tanh()), vectors(7)), ["1"], "depends on: calls"),
 }
 
@@ -236,6 +269,11 @@ BACKWARD: dict[str, tuple[Callable[[], nn.Module], Blamed, str]] = {
         lambda: Backward(nn.Sequential(linear(), Leaf(normalised)), before=True),
         [("1.child.1", "backward"), ("1", "backward")],
         "its backward gives",
+    ),
+    "a table of positions": (
+        lambda: Backward(nn.Linear(1, 1), after=True),
+        [("position", "backward")],
+        "passes back to position.child",
     ),
     "a weight": (UnitGradient, [("1", "backward")], "the gradients of its parameter 1.weight do not add up"),
     "forward explains backward": (

@@ -288,7 +288,7 @@ def test_it_reads_what_the_trainers_write(drawn: Drawn) -> None:
     pair = partial(written.Tested, format="float32")
     report = written.Report(
         workload="mlp", options={"width": 8}, model="MLP", parameters=9, data="noise", effective_batch=3, ranks=2,
-        loop="own", normalise="micro-batch", batch_norm="sync", formats=("float32",), weights=None,
+        loop="own", normalise="micro-batch", batch_norm="sync", formats=("float32",), coarsest="float64", weights=None,
         pairs=(
             pair(micro_batch=1, steps=3, last=1, gradients={}, error="ValueError: no"),
             pair(micro_batch=2, steps=2, last=1, gradients={"a.weight": one, "b": written.Difference(1.0, 0.0, 1.0)}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,6 +94,15 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(model: nn.Module, given: Tensor) -> dict[str, Tensor]:
     """Return loss, gradients and buffers of a step from the same random numbers."""
     torch.manual_seed(3)
@@ -176,7 +185,8 @@ def test_places_count_calls_and_floating_tensors() -> None:
 
 
 def test_frozen_and_gradless_modules_are_seen_forward() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).requires_grad_(False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)).requires_grad_(False)
     record = Record()
     given = torch.randn(2, 3, requires_grad=True)
     with watched(model, record):
@@ -188,6 +198,33 @@ def test_frozen_and_gradless_modules_are_seen_forward() -> None:
             model(given)
         assert [place.module for place in record.outputs] == ["0", "1", ""]
         assert given.grad is before
+    assert torch.equal(record.outputs[Place("0", 1, 0)], model[0](given))  # not what the ReLU has made of it
+
+
+class Hooked(nn.Module):
+    """Changes a gradient in place on its way back, and hands on a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 3), nn.Tanh(), nn.Identity()
+        self.handed: list[Tensor] = []
+        self.last.register_forward_pre_hook(lambda module, args: self.handed.append(args[0]))
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden = self.first(given)
+        hidden.register_hook(lambda gradient: gradient.mul_(2))
+        out: Tensor = self.second(hidden) * self.last(self.first.bias)
+        return out
+
+
+def test_gradients_are_kept_as_they_were_and_parameters_handed_on() -> None:
+    torch.manual_seed(0)
+    model, record = Hooked(), Record()
+    with watched(model, record):
+        model(torch.randn(5, 3)).sum().backward()
+    before, after = record.input_gradients[Place("second", 0, 0)], record.output_gradients[Place("first", 0, 0)]
+    assert torch.equal(2 * before, after)
+    assert model.handed[0] is model.first.bias
 
 
 class Change(Sight):
@@ -283,6 +320,41 @@ def test_who_draws_random_numbers_and_changes_buffers() -> None:
         functional.dropout(given, 0.5)
         model[1](given)
         assert not watch.random and not watch.changed
+
+
+def test_hooks_of_a_module_are_its_own_code() -> None:
+    def count(module: nn.Module, args: object) -> None:
+        module.get_buffer("seen").add_(torch.rand(()))
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise RuntimeError("not today")
+
+    inner = nn.Linear(4, 4)
+    inner.register_buffer("seen", torch.zeros(()))
+    hook = inner.register_forward_pre_hook(count)
+    model, given = Caught(inner), torch.randn(6, 4)
+    with watched(model, Sight()) as watch:
+        model(given)
+        assert watch.random == {"inner": 1} and watch.changed == {"inner": {"seen"}}
+        hook.remove()
+        inner.register_forward_pre_hook(fail, prepend=True)  # in front of the one that watches
+        model(given)
+        assert watch.random == {"inner": 1, "": 1}
+
+
+class Caught(nn.Module):
+    """Does something else where its part fails."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, given: Tensor) -> Tensor:
+        try:
+            out: Tensor = self.inner(given)
+        except RuntimeError:
+            out = given * torch.rand(())
+        return out
 
 
 class Failing(nn.Module):

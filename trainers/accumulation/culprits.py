@@ -160,7 +160,7 @@ VALUE = "what it gives for micro-batches does not add up to the full batch's: no
 
 
 def _forward(name: str, module: nn.Module, finding: Finding, sight: Substituted, watch: Watch) -> Why:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return Why("it normalises with the mean and the variance of the micro-batch", GROUP_NORM)
     if name in watch.random:
         return Why("it draws random numbers, other ones in each forward", NO_DROPOUT)

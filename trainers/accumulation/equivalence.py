@@ -22,7 +22,7 @@ from trainers.accumulation.outcome import Outcome
 from trainers.accumulation.probes import Watch
 from trainers.accumulation.ranks import Ranks
 from trainers.accumulation.report import Cause, Difference, Report, Tested, Weights
-from trainers.accumulation.rounding import Scales, rounding, tolerance
+from trainers.accumulation.rounding import Scales, rounding, tolerance, unit_roundoff
 from trainers.accumulation.runs import Accumulated, Subject, averaged
 from trainers.accumulation.slices import slice_of
 from trainers.accumulation.substituted import FullBatch, Substituted, compared
@@ -93,6 +93,7 @@ def examine(
         normalise=normalise,
         batch_norm=batch_norm,
         formats=tuple(formats),
+        coarsest=str(test.coarsest).removeprefix("torch."),
         pairs=tuple(found),
         culprits=causes,
         weights=weights,
@@ -123,6 +124,11 @@ class _Test:
         self._exact: set[Pair] = set()  # equivalent in float64
         subject = self._subject("float64")
         self._scales = [self._measure(subject, step) for step in range(len(steps))]
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """What some of the model computes in whatever its parameters have; float64 if nothing does."""
+        return max((each.coarsest for each in self._scales), key=unit_roundoff)
 
     def format(self, name: str, chosen: Sequence[Pair]) -> Iterator[Tested]:
         """Test all pairs in one format."""
@@ -266,11 +272,10 @@ class _Test:
         values: list[tuple[Difference | None, Difference | None]] = []
         gradients: dict[str, Difference] = {}
         for step, (reference, seen) in enumerate(zip(references, found, strict=False)):
-            scales = self._scales[step]
-            loss = None
+            scales, loss = self._scales[step], None
             if seen.loss is not None:
                 off = abs(seen.loss - reference.loss)
-                loss = Difference(abs(reference.loss), off, tolerance(scales.loss, dtype))
+                loss = Difference(abs(reference.loss), off, tolerance(scales.loss, scales.format(dtype)))
             values.append((self._logits(dtype, reference, seen, scales), loss))
             for each, difference in self._gradients(dtype, reference, seen, step).items():
                 gradients[each] = _worse(gradients.get(each), difference) or difference
@@ -298,12 +303,12 @@ class _Test:
     def _gradients(
         self, dtype: torch.dtype, reference: Outcome, found: Accumulated, step: int
     ) -> dict[str, Difference]:
-        scales = self._scales[step].gradients
+        scales = self._scales[step]
         return {
             name: Difference(
                 float(torch.linalg.vector_norm(right)),
                 float(torch.linalg.vector_norm(found.gradients[name] - right)),
-                tolerance(scales[name], dtype),
+                tolerance(scales.gradients[name], scales.format(dtype)),
             )
             for name, right in reference.gradients.items()
         }
@@ -334,7 +339,7 @@ class _Test:
         return Difference(
             math.hypot(*norms),
             math.sqrt(total["squares"]),
-            math.hypot(*(tolerance(each, dtype) for each in scales.outputs)),
+            math.hypot(*(tolerance(each, scales.format(dtype)) for each in scales.outputs)),
         )
 
 

@@ -153,10 +153,8 @@ class Watch:
             return None
         self._note_draws()
         name = self._names[module]
-        while self._stack and self._stack[-1].module != name:
-            self._stack.pop()  # it raised an error, which somebody caught
-        if not self._stack:
-            return None
+        if not self._stack or self._stack[-1].module != name:
+            return None  # a hook of its own has raised an error before it was called
         frame = self._stack.pop()
         now = module._buffers
         changed = {key for key, was in frame.buffers.items() if not _same(was, now.get(key))}

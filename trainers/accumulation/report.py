@@ -113,6 +113,8 @@ class Report:
     normalise: Literal["count", "micro-batch"]
     batch_norm: str
     formats: tuple[str, ...]
+    coarsest: str
+    """What some of the model or its loss computes in whatever format its parameters have; float64 if nothing does."""
     pairs: tuple[Tested, ...]
     culprits: tuple[Cause, ...]
     weights: Weights | None
@@ -149,6 +151,8 @@ class Report:
         for pair in self.pairs:
             if pair.error is not None:
                 lines += [f"{pair.format}, {pair.micro_batch} x {pair.steps}: {pair.error}", ""]
+        if self.coarsest != "float64" and "float64" in self.formats:
+            lines += [f"some of it computes in {self.coarsest} even then: that has {self.coarsest}'s tolerances", ""]
         if self.culprits:
             lines += [*_causes(self.culprits), ""]
         lines.append("equivalent" if self.equivalent else "NOT equivalent")

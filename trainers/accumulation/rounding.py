@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from trainers.accumulation.outcome import Outcome
 from trainers.accumulation.probes import Place, Record, Sight, Watch, watched
 
-DELTA = 2.0**-40
+DELTA = 2.0**-46
 REPEATED = 2.0
 """A sum of k equal terms errs like one of k^2 / 2 of random sign. A term is rounded the same way for as long as the sum
 has the same exponent: all errors are one number. Half of the terms find the last exponent if nothing else is added up

@@ -263,7 +263,7 @@ class Substituted(TwoSided):
         if module is None:
             self.loss_weights.append(loss_weight(gradient, found.value, self._counted))
         self._note(module, "backward", _direction(key), key.place.module, found)
-        return found.value.clone()  # which may become part of somebody's .grad, and change
+        return found.value
 
     def _is_constant(self, key: _Key, match: Match) -> bool:
         """Whether something without a batch dimension has been the full batch's up to now."""

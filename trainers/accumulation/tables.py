@@ -77,7 +77,7 @@ class Table:
 
     def match(self, cut: Cut, source: Place, tensor: Tensor, share: float = 1.0) -> Match:
         """Compare a micro-batch's tensor with its share of what is cut out of the full batch's."""
-        value = cut.take(self.tensors[source]) * share
+        value = cut.take(self.tensors[source]) * share  # a copy: gradients become part of somebody's .grad
         return Match(cut, source, value, norm(value), difference(tensor, value), self.limit(source) * share)
 
 
