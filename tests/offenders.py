@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from substitution import CLASSES, FEATURES, cross_entropy
+from substitution import CLASSES, FEATURES, Case, cross_entropy, vectors
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, TOKENS = 8, 5
@@ -232,14 +231,16 @@ weighted: Callable[[Tensor, Tensor], Tensor] = Weighted.apply
 
 
 class UnitGradient(nn.Module):
-    """Its weight's gradient has always norm 1."""
+    """Its weight's gradient has always norm 1; the weight is its own, or in a list that nobody calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, listed: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.weight = None if listed else weight
+        self.weights = nn.ParameterList([weight] if listed else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        return weighted(x, self.weight)
+        return weighted(x, self.weights[0] if self.weight is None else self.weight)
 
 
 class Drifting(nn.Module):
@@ -301,72 +302,6 @@ class Similarities(nn.Module):
         return 5 * unit @ unit.T
 
 
-class Tokens(nn.Module):
-    """A language model on padded tokens (0 is padding); without `causal` it attends to padding, too."""
-
-    def __init__(self, *, causal: bool = True, tied: bool = False, position: nn.Module | None = None) -> None:
-        super().__init__()
-        self.embed, self.position = nn.Embedding(11, WIDTH), position or nn.Embedding(16, WIDTH)
-        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head, self.causal = nn.Linear(WIDTH, 11), causal
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1]))
-        q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        logits: Tensor = self.head(x + self.out(y.transpose(1, 2).flatten(2)))
-        return logits
-
-
-class Packed(nn.Module):
-    """An LSTM on packed sequences: their steps are one dimension, sorted by length, in an order of the batch's own."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(11, FEATURES), nn.Linear(5, CLASSES)
-        self.lstm = nn.LSTM(FEATURES, 5, 2, batch_first=True, dropout=dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        lengths = (tokens != 0).sum(1)
-        packed = pack_padded_sequence(self.embed(tokens), lengths, batch_first=True, enforce_sorted=False)
-        y: Tensor = self.head(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0].sum(1))
-        return y
-
-
-def sentences(samples: int, seed: int = 0) -> list[Tensor]:
-    """Tokens 1 to 10, of unequal lengths."""
-    random = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 9, (samples,), generator=random).tolist()
-    return [torch.randint(1, 11, (length,), generator=random) for length in lengths]
-
-
-def padded(items: list[Tensor]) -> Tensor:
-    return pad_sequence(items, batch_first=True)
-
-
-def predicted(tokens: Tensor) -> int:
-    """How many tokens there are to predict."""
-    return int((tokens[:, 1:] != 0).sum())
-
-
-def next_token(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(tokens)[:, :-1].flatten(0, 1)
-    return functional.cross_entropy(logits, tokens[:, 1:].flatten(), ignore_index=0, reduction="sum")
-
-
-class OwnTextLoss(nn.Module):
-    """A language model that computes its loss: the mean over the tokens that are to be predicted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Tokens()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return next_token(self.model, tokens) / predicted(tokens)
-
-
 def contrastive(model: nn.Module, batch: Any) -> Tensor:
     """InfoNCE: each sample against all others."""
     scores = Similarities()(model(batch[0]))
@@ -420,3 +355,24 @@ def mean_of_batch(model: nn.Module, batch: Any) -> Tensor:
 def in_parts(model: nn.Module, batch: Any) -> Tensor:
     assert isinstance(model, nn.ModuleDict)
     return cross_entropy(lambda x: model["head"](model["body"](x)), batch)
+
+
+def convolutions(norm: Callable[[int], nn.Module]) -> Case:
+    """Norms `1` and `3.1`, with modules that work in place between them."""
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))
+    head = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), norm(4), nn.ReLU(True), inner, nn.ReLU(True), *head)
+    return Case(model, vectors(8, 2, 6, 6))
+
+
+def tokens(model: nn.Module) -> Case:
+    """Samples of (T, C)."""
+    return Case(model, vectors(7, TOKENS, FEATURES))
+
+
+def picked() -> list[Any]:
+    """How many numbers are positive, so that only the second micro-batch's look as if they had a batch dimension."""
+    data = vectors(7)
+    for (numbers, _), positive in zip(data, (1, 2, 2, 2, 2, 2, 3), strict=True):
+        numbers.abs_().mul_(torch.where(torch.arange(FEATURES) < positive, 1, -1))
+    return data

@@ -6,12 +6,10 @@ Each case is run with 7 samples (8 where two are needed for a mean) as 3+3+1, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from offenders import (
-    TOKENS,
     WIDTH,
     Attention,
     Backward,
@@ -25,28 +23,30 @@ from offenders import (
     MeanChild,
     OneByOne,
     OwnLoss,
-    Packed,
+    Picked,
+    RunningMean,
     Similarities,
     TimeFirst,
-    Tokens,
     UnitGradient,
     WithBalance,
     balancing,
     by_itself,
     centered,
     contrastive,
+    convolutions,
     in_parts,
     mean_of_batch,
-    next_token,
     normalised,
     own_mean,
-    padded,
+    own_sum,
     penalised,
-    predicted,
-    sentences,
+    picked,
+    scored,
     stack,
+    tokens,
     with_balance,
 )
+from offending_text import OwnTextLoss, Packed, Tokens, next_token, predicted, text
 from substitution import CLASSES, FEATURES, Case, blamed, one_thread, vectors
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
@@ -60,22 +60,6 @@ Blamed = list[tuple[str, str]]
 
 def linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
-
-
-def tokens(model: nn.Module) -> Case:
-    return Case(model, vectors(7, TOKENS, FEATURES))
-
-
-def text(model: nn.Module, loss: Any = next_token, count: Any = predicted) -> Case:
-    return Case(model, sentences(7), loss, count, padded)
-
-
-def convolutions(norm: Callable[[int], nn.Module]) -> Case:
-    """Norms `1` and `3.1`, with modules that work in place between them."""
-    inner = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))
-    head = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), norm(4), nn.ReLU(True), inner, nn.ReLU(True), *head)
-    return Case(model, vectors(8, 2, 6, 6))
 
 
 INNOCENT: dict[str, Callable[[], Case]] = {
@@ -109,14 +93,6 @@ INNOCENT: dict[str, Callable[[], Case]] = {
         nn.ModuleDict({"body": stack(), "head": nn.Linear(CLASSES, 4)}), vectors(7), in_parts
     ),
 }
-
-
-def picked() -> list[tuple[Tensor, Tensor]]:
-    """How many numbers are positive, so that only the second micro-batch's look as if they had a batch dimension."""
-    data = vectors(7)
-    for (numbers, _), positive in zip(data, (1, 2, 2, 2, 2, 2, 3), strict=True):
-        numbers.abs_().mul_(torch.where(torch.arange(FEATURES) < positive, 1, -1))
-    return data
 
 
 def linear_in() -> nn.Linear:
@@ -224,7 +200,7 @@ FORWARD: dict[str, tuple[Callable[[], Case], list[str], str]] = {
     "a running mean": (lambda: Case(stack(RunningMean(), nn.Tanh()), vectors(7)), ["1"], "its output for a sample"),
     "another order": (
         lambda: Case(nn.Sequential(linear_in(), Leaf(lambda x: x.roll(1, 0))), vectors(7)),
-        ["1"],
+        [""],
         "its output for a sample",
     ),
     "pairs for the loss": (
@@ -270,12 +246,12 @@ BACKWARD: dict[str, tuple[Callable[[], nn.Module], Blamed, str]] = {
         [("1.child.1", "backward"), ("1", "backward")],
         "its backward gives",
     ),
-    "a table of positions": (
-        lambda: Backward(nn.Linear(1, 1), after=True),
-        [("position", "backward")],
-        "passes back to position.child",
-    ),
     "a weight": (UnitGradient, [("1", "backward")], "the gradients of its parameter 1.weight do not add up"),
+    "a weight in a list": (
+        lambda: UnitGradient(listed=True),
+        [("1", "backward")],
+        "the gradients of its parameter 1.weights.0 do not add up",
+    ),
     "forward explains backward": (
         lambda: nn.Sequential(centered(), Leaf(normalised)),
         [("1.0", "forward"), ("1.1", "backward")],
@@ -295,9 +271,18 @@ def test_whose_backward_is_to_blame(name: str, size: int) -> None:
     assert reason in found[0].reason and found[0].type == type(middle.get_submodule(found[0].module[2:])).__name__
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_for_a_table_are_compared_together_though_padding_cuts_it_off(size: int) -> None:
+    torch.manual_seed(1)
+    table = Backward(nn.Embedding(16, WIDTH), after=True)
+    found, _ = text(Tokens(position=table)).searched(size)
+    assert [(each.module, each.where) for each in found] == [("position", "backward")]
+    assert "passes back to position.child" in found[0].reason
+
+
 LOSSES: dict[str, tuple[Callable[[], Case], str, str]] = {
-    "InfoNCE": (lambda: Case(stack(), vectors(7), contrastive), "compares samples", "GradCache"),
-    "balance": (lambda: Case(stack(), vectors(7), balancing), "compares samples", "GradCache"),
+    "InfoNCE": (lambda: Case(stack(), vectors(7), contrastive), "compares samples", "trainers.across"),
+    "balance": (lambda: Case(stack(), vectors(7), balancing), "compares samples", "trainers.across"),
     "a mean": (lambda: Case(stack(), vectors(7), mean_of_batch), "returns the mean", "reduction='mean'"),
     "the model's mean": (
         lambda: Case(OwnLoss(nn.Tanh()), vectors(7), lambda model, batch: model(*batch)["loss"]),

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainers.accumulation.distances import difference, norm
 from trainers.accumulation.probes import Place
+from trainers.accumulation.rounding import Scales
 from trainers.accumulation.slices import cuts, matching_rows, rows, slice_of
-from trainers.accumulation.tables import Statistic, Table, Taken, difference, norm
+from trainers.accumulation.tables import Statistic, Table, Taken, tables
 
 LAYOUTS = {
     "B T C": "btc",
@@ -102,6 +104,13 @@ def test_padding_is_cut_off_at_the_end_and_the_batch_is_the_dimension_that_shrin
     assert made is not None and torch.equal(made, maps[4:7, :, :9, :9])
 
 
+def test_the_batch_is_rather_the_dimension_of_which_samples_keep_their_share() -> None:
+    """(T, B, C) with 16 times and 8 samples: 2 samples of 2 times could be cut from the first dimension, too."""
+    full = torch.arange(16 * 8 * 4).view(16, 8, 4)
+    made = slice_of(full, (2, 2, 4), 8, 4, 2)
+    assert made is not None and torch.equal(made, full[:2, 4:6])
+
+
 def test_what_has_no_batch_dimension_is_returned_whole_or_without_padding() -> None:
     table = torch.arange(20.0).view(5, 4)
     for part, whole in (((5, 4), table), ((3, 4), table[:3]), ((5, 4), table)):
@@ -145,7 +154,9 @@ def test_rows_are_found_wherever_they_are(data: st.DataObject) -> None:
 
 
 def test_rows_that_are_nowhere_or_could_be_two_tell_nothing() -> None:
-    full = torch.arange(12.0).view(6, 2)
+    full = torch.arange(12.0).view(6, 2) + 1
+    assert matching_rows(full - 5, (full - 5)[1:4], 1e-6) is not None
+    assert matching_rows(full - 5, torch.zeros(1, 2), 1e9) is None
     assert matching_rows(full, full[2:4] + 0.1, 1e-6) is None
     assert matching_rows(torch.cat([full, full[2:3]]), full[2:4], 1e-6) is None  # twice in the full batch
     assert matching_rows(full, full[[2, 2, 3]], 1e-6) is not None  # which `Taken` finds out
@@ -178,6 +189,21 @@ def test_what_rounding_may_do_is_what_was_measured_and_no_less_than_is_usual() -
     assert table(tensor, 1.0).limit(PLACE) == pytest.approx(2 * 5 * UNIT)
     assert table(tensor, None).limit(PLACE) == pytest.approx(2 * 5 * UNIT)
     assert table(tensor, None, None).limit(PLACE) == pytest.approx(5 * 2.0**-26)
+
+
+def test_inputs_may_be_off_relatively_as_much_as_what_becomes_of_them() -> None:
+    ones, other = torch.ones(4, dtype=torch.float64), Place("", 1, 0)
+    scales = Scales(
+        outputs=(), loss=1.0, gradients={}, places={PLACE: 100.0}, output_gradients={PLACE: 8.0}, input_gradients={}
+    )
+    kept = {"input": {PLACE: 3 * ones, other: ones}, "output": {PLACE: ones, other: ones}}
+    values, gradients = tables(kept, kept, scales, torch.float64)
+    assert values["output"].limit(PLACE) == pytest.approx(100 * UNIT)
+    assert values["input"].limit(PLACE) == pytest.approx(3 * 100 * UNIT)
+    assert values["input"].limit(other) == pytest.approx(2 * 50 * UNIT)  # what is usual
+    assert [gradients["input"].limit(place) for place in (PLACE, other)] == pytest.approx([6 * 4 * UNIT, 2 * 4 * UNIT])
+    values, gradients = tables(kept, kept, None, torch.float64)
+    assert values["input"].limit(other) == gradients["output"].limit(PLACE) == pytest.approx(2 * 2.0**-26)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,18 +16,14 @@ from offenders import (
     Dropping,
     Leaf,
     OwnLoss,
-    Tokens,
     WithBalance,
     centered,
     contrastive,
-    next_token,
     own_mean,
-    padded,
-    predicted,
-    sentences,
     stack,
     with_balance,
 )
+from offending_text import Tokens, next_token, padded, predicted, sentences
 from substitution import CLASSES, FEATURES, Case, Parts, one_thread, parts, passes, vectors
 from torch import Tensor, nn
 
@@ -76,6 +73,13 @@ def test_a_full_batch_is_recorded_as_it_is() -> None:
     without = {place.module for place in record.inputs} - {place.module for place in record.input_gradients}
     assert without == {"", "norm"}  # data need no gradient
     assert all(each.shape == record.inputs[place].shape for place, each in record.input_gradients.items())
+
+
+def test_what_a_module_gets_from_the_one_before_it_is_kept_once() -> None:
+    torch.manual_seed(1)
+    record, _ = Case(stack(nn.Tanh(), nn.Linear(WIDTH, WIDTH)), vectors(7)).recorded()
+    for one, other in pairwise("0123"):
+        assert record.inputs[Place(other, 0, 0)] is record.outputs[Place(one, 0, 0)]
 
 
 def test_the_caller_is_the_module_whose_code_calls_whoever_it_belongs_to() -> None:
@@ -167,16 +171,21 @@ def test_a_second_pass_is_for_what_has_no_batch_dimension_and_a_third_for_what_d
 
 
 def test_passes_come_to_an_end_though_the_model_gives_something_else_each_time() -> None:
-    drawn = iter(torch.rand(1000, dtype=torch.float64))
+    class Moody(nn.Module):
+        wild = False
 
-    class Noise(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            value = next(drawn)
-            return x, x.sum() * value if value > 0.5 else x.sum()
+            return x, x.sum() ** 2 if self.wild else x.sum()
 
     torch.manual_seed(1)
-    case = Case(stack(Noise(), Leaf(lambda both: both[0])), vectors(7))
-    assert 1 < passed(case, parts(7, 3)) <= PASSES
+    moody, count = Moody(), 0
+    case = Case(stack(moody, Leaf(lambda both: both[0])), vectors(7))
+    _, _, sight = prepared(case)
+    with compared(case.model, sight) as watch:
+        for _ in passes(sight):
+            case.micro_batches(parts(7, 3), watch, sight)
+            moody.wild, count = not moody.wild, count + 1
+    assert count == PASSES
 
 
 def passed(case: Case, cut: Parts) -> int:

@@ -279,6 +279,7 @@ def test_an_own_loop_and_ranks_in_groups(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(alone), wanted[4], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_on_ray_workers_and_servers_train_with_group_norms() -> None:
     more = ("--strategy", "parameter-server", "--workers", "2", *GROUP, "--accumulate", str(WHOLE // 2))
     with short_folder() as folder:

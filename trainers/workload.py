@@ -125,6 +125,9 @@ def load(workload: str, options: Mapping[str, object], seed: int, dtype: str) ->
             f"--workload {workload} returned {_kind(made)}; expected a trainers.workload.Workload(model=..., data=..., "
             "loss=...)"
         )
+    lazy = [name for name, each in made.model.named_parameters() if isinstance(each, nn.UninitializedParameter)]
+    if lazy:
+        raise ConfigError(f"--workload {workload}: {lazy[0]} of its model has no size before the model has run once")
     made.model.to(getattr(torch, dtype))
     return replace(of_sums(made), data_name=made.data_name or f"the data of {workload}")
 

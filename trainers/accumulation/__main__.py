@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except DistsimError as error:
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        if local_rank == "0" or not isinstance(error, ConfigError):  # all ranks see the same ConfigError
-            print(f"trainers.accumulation: error: {error}", file=sys.stderr)
+        print(f"trainers.accumulation: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -83,8 +81,11 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.effective_batch < 1:
         raise ConfigError(f"--effective-batch must be at least 1, not {flags.effective_batch}")
     (normalise,) = _list("--normalise", flags.normalise, ("count", "micro-batch"), most=1)
-    for file in (flags.out, flags.figure):
+    for name, endings in (("out", (".json",)), ("figure", (".png", ".pdf", ".svg"))):
+        file: Path | None = getattr(flags, name)
         if file is not None:
+            if file.suffix not in endings or file.is_dir():
+                raise ConfigError(f"--{name} must be a file that ends in {' or '.join(endings)}, not {file}")
             make_writable(file.parent)
     draw = _drawing() if flags.figure is not None else None
 
@@ -93,10 +94,11 @@ def _run(flags: argparse.Namespace) -> int:
     from trainers.fingerprint import model_digest
     from trainers.workload import data_digest, load
 
-    workload = load(config.workload, config.options, config.seed, "float32")
+    with redirect_stdout(sys.stderr):  # what the workload's own code prints is no part of the report
+        workload = load(config.workload, config.options, config.seed, "float32")
     same = {f"configuration: {name}": str(value) for name, value in vars(flags).items()}
     same |= {"model (digest)": model_digest(workload.model), "data (digest)": data_digest(workload)}
-    with started(same) as ranks:
+    with redirect_stdout(sys.stderr), started(same) as ranks:
         report = examine(
             workload,
             effective_batch=flags.effective_batch,

@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from trainers.accumulation.distances import difference, norm
 from trainers.accumulation.outcome import Outcome
 from trainers.accumulation.probes import Watch
 from trainers.accumulation.rounding import tolerance
 from trainers.accumulation.substituted import Finding, Substituted, Where
-from trainers.accumulation.tables import Match, difference, norm
+from trainers.accumulation.tables import Match
 
 SAME = 1e-6
 """Numbers that agree to this are the same: what is to be told apart here differs far more, and by rounding far less."""
@@ -33,7 +34,7 @@ GROUP_NORM = (
     "ranks, not in time"
 )
 NO_DROPOUT = "none is needed for dropout, which is equal in expectation: --without-dropout tests everything else"
-TWO_PASSES = "none by accumulation alone; GradCache (Gao et al., 2021) computes such losses in two passes"
+TWO_PASSES = "trainers.across.accumulate computes such losses in two passes (Gao et al., 2021)"
 A_MEAN = "give the Workload reduction='mean', or let its loss return the sum"
 ADDITIVE = "let the Workload's count of a batch be the sum of the counts of its samples"
 EACH_ALONE = "let the workload's data and collate make the same of a sample each time, whatever is in the batch with it"
@@ -106,7 +107,9 @@ def culprits(model: nn.Module, sight: Substituted, watch: Watch, reference: Outc
             why = _forward(name, modules[name], forward, sight, watch)
             made[name] = _culprit(name, modules[name], "forward", forward.match, why)
             pairing |= {name} if forward.what == "pairs" else set()
-        elif backward is not None and backward.match.off and not (inside | {name}) & sight.unreplaced:
+        elif backward is not None and backward.match.off:
+            if name in sight.unreplaced or inside & sight.leaking:
+                continue  # it may have got what is wrong
             why = Why(BACKWARD[backward.what].format(backward.other))
             made[name] = _culprit(name, modules[name], "backward", backward.match, why)
 
@@ -116,7 +119,8 @@ def culprits(model: nn.Module, sight: Substituted, watch: Watch, reference: Outc
         for name, owners in _owners(model, called).items():
             right, limit = reference.gradients[name], tolerance(sight.scales.gradients[name], sight.dtype)
             off = _Off(norm(right), difference(found.gradients[name], right), limit)
-            if off.off and not (made.keys() | sight.unreplaced) & owners:
+            inside = {each for each in made for owner in owners if _within(owner, each)}
+            if off.off and not (made.keys() | sight.unreplaced) & owners and not inside & sight.leaking:
                 owner = next(each for each in called if each in owners)
                 why = Why(f"the gradients of its parameter {name} do not add up to the full batch's")
                 made[owner] = _culprit(owner, modules[owner], "backward", off, why)

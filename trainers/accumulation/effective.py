@@ -10,7 +10,7 @@ import torch
 
 from distsim.errors import ConfigError
 from trainers.data import Order
-from trainers.workload import Workload, mapped
+from trainers.workload import Workload, explained, mapped
 
 
 class Pair(NamedTuple):
@@ -39,6 +39,8 @@ def pairs(effective: int, ranks: int, micro_batches: Sequence[int] | None = None
     if effective % ranks or not share:
         raise ConfigError(f"--effective-batch {effective} cannot be shared out evenly among {ranks} ranks")
     sizes = micro_batches
+    if sizes is not None and not sizes:
+        raise ConfigError("--micro-batches must have at least one size")
     if sizes is None:
         even = [size for size in range(1, share + 1) if share % size == 0]
         odd = [size for size in range(2, share) if share % size][:1] if uneven else []
@@ -65,22 +67,22 @@ def parts(pair: Pair, effective: int, ranks: int, rank: int) -> list[Part]:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of one effective batch, in the order in which training would take them."""
+    """The samples of one effective batch, in the order in which training would take them; read once for all runs."""
 
     workload: Workload
-    indexes: tuple[int, ...]
+    samples: tuple[Any, ...]
     device: torch.device
 
     def collated(self, part: Part, dtype: torch.dtype) -> Any:
         """Return a part of it as the workload makes batches, its floating-point tensors in this dtype."""
-        chosen = self.indexes[part.first : part.first + part.size]
-        made = self.workload.collate([self.workload.data[index] for index in chosen])
+        with explained(f"making a batch of {part.size} samples"):
+            made = self.workload.collate(list(self.samples[part.first : part.first + part.size]))
         return mapped(made, lambda tensor: tensor.to(self.device, dtype if tensor.is_floating_point() else None))
 
     @property
     def whole(self) -> Part:
         """The full batch."""
-        return Part(0, len(self.indexes))
+        return Part(0, len(self.samples))
 
 
 def batches(workload: Workload, effective: int, seed: int, device: torch.device, steps: int) -> list[Batch]:
@@ -92,4 +94,8 @@ def batches(workload: Workload, effective: int, seed: int, device: torch.device,
         raise ConfigError(f"--effective-batch {effective}: the workload has only {len(workload.data)} samples")
     order = Order(samples=len(workload.data), workers=1, batch_size=effective, accumulate=1, uneven="drop", seed=seed)
     chosen = [order.micro_batches(step, 0)[0] for step in range(steps)]
-    return [Batch(workload, tuple(int(index) for index in indexes), device) for indexes in chosen]
+    made = []
+    for indexes in chosen:
+        with explained("reading the workload's data"):
+            made.append(Batch(workload, tuple(workload.data[int(index)] for index in indexes), device))
+    return made

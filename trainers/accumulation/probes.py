@@ -166,9 +166,11 @@ class Watch:
         if not tensor.requires_grad or isinstance(tensor, nn.Parameter):
             return tensor
         seen = tensor.view_as(tensor)  # not a copy: a module may work on its input in place
-        seen.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self._sight.input_gradient(place, _detached(gradient))
-        )
+
+        def given(gradient: Tensor) -> Tensor:
+            return in_place_of(gradient, self._sight.input_gradient(place, _detached(gradient)))
+
+        seen.register_hook(given)  # type: ignore[no-untyped-call]
         return seen
 
     def _output(self, place: Place, tensor: Tensor) -> Tensor:
@@ -187,9 +189,7 @@ class Watch:
         return gate
 
     def _gradient(self, place: Place, gradient: Tensor) -> Tensor:
-        was = _detached(gradient)
-        value = self._sight.output_gradient(place, was)
-        return gradient if value is was else value
+        return in_place_of(gradient, self._sight.output_gradient(place, _detached(gradient)))
 
     def _note_draws(self) -> None:
         now = self._random_states()
@@ -257,6 +257,13 @@ def _replaced(tree: Any, replace: Callable[[int, Tensor], Tensor]) -> Any:
             leaves[index] = done[id(leaf)]
             which += 1
     return tree_unflatten(leaves, spec) if done else tree
+
+
+def in_place_of(gradient: Tensor, value: Tensor | None) -> Tensor:
+    """Return a value that goes on in place of a gradient; in a double backward it depends on what the gradient does."""
+    if value is None or value.data_ptr() == gradient.data_ptr():
+        return gradient
+    return gradient + (value - gradient).detach() if gradient.requires_grad else value
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -80,11 +80,6 @@ class Ranks:
             dist.all_gather_object(found, mine)
         return found
 
-    def total(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums over all ranks."""
-        every = self.gather(dict(numbers))
-        return {name: sum(each[name] for each in every) for name in numbers}
-
 
 @contextmanager
 def started(fingerprint: Mapping[str, str]) -> Iterator[Ranks]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from distsim.tables import table
 
+WIDE = 1e-3
+"""Relative tolerance of a gradient from which on a report says that it is wide."""
 SHOWN = 4
 """Names of modules that are written out where there are more."""
 
@@ -68,9 +70,16 @@ class Tested:
         )
 
     @property
-    def worst(self) -> str:
-        """The parameter whose gradient is most tolerances off; "" without gradients."""
-        return max(self.gradients, key=lambda name: self.gradients[name].tolerances, default="")
+    def worst(self) -> tuple[str, Difference | None]:
+        """What is most tolerances off: a parameter's gradient, "logits" or "loss"."""
+        named = {"logits": self.logits, "loss": self.loss, **self.gradients}
+        known = {name: each for name, each in named.items() if each is not None}
+        return max(known.items(), key=lambda each: each[1].tolerances, default=("", None))
+
+    @property
+    def width(self) -> float:
+        """The gradient's tolerance, relative to it."""
+        return self.gradient.tolerance / self.gradient.norm if self.gradient and self.gradient.norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,11 +157,17 @@ class Report:
             table(HEADERS, [_row(pair) for pair in self.pairs]),
             "",
         ]
-        for pair in self.pairs:
-            if pair.error is not None:
-                lines += [f"{pair.format}, {pair.micro_batch} x {pair.steps}: {pair.error}", ""]
+        for error in dict.fromkeys(pair.error for pair in self.pairs if pair.error is not None):
+            where = [f"{pair.format} {pair.micro_batch} x {pair.steps}" for pair in self.pairs if pair.error == error]
+            lines += [f"{', '.join(where[:SHOWN])}{', ...' if len(where) > SHOWN else ''}: {error}", ""]
         if self.coarsest != "float64" and "float64" in self.formats:
             lines += [f"some of it computes in {self.coarsest} even then: that has {self.coarsest}'s tolerances", ""]
+        for name in self.formats:
+            widest = max((pair.width for pair in self.pairs if pair.format == name), default=0.0)
+            if widest > WIDE:
+                lines += [f"{name}: rounding may change this gradient by {widest:.1e} of it; less cannot be seen", ""]
+        if not (self.equivalent or self.culprits) and all(pair.error is None for pair in self.pairs):
+            lines += ["no module, loss or loop was found that is off by itself", ""]
         if self.culprits:
             lines += [*_causes(self.culprits), ""]
         lines.append("equivalent" if self.equivalent else "NOT equivalent")
@@ -183,8 +198,8 @@ def _row(pair: Tested) -> tuple[object, ...]:
     verdict = ("kinks only" if pair.kinks else "equivalent") if pair.equivalent else "NOT equivalent"
     if pair.gradient is None:
         return (pair.format, size, pair.steps, None, None, None, None, None, verdict)
-    worst = pair.gradients[pair.worst]
-    named = "" if pair.equivalent else f" ({pair.worst})"
+    name, worst = pair.worst
+    named = "" if pair.equivalent else f" ({name})"
     return (
         pair.format,
         size,
@@ -192,8 +207,8 @@ def _row(pair: Tested) -> tuple[object, ...]:
         None if pair.logits is None else f"{pair.logits.relative:.1e}",
         None if pair.loss is None else f"{pair.loss.relative:.1e}",
         f"{pair.gradient.relative:.1e}",
-        f"{pair.gradient.tolerance / pair.gradient.norm:.1e}" if pair.gradient.norm else "",
-        f"{worst.tolerances:.2g} tolerances{named}",
+        f"{pair.width:.1e}",
+        "" if worst is None else f"{worst.tolerances:.2g} tolerances{named}",
         verdict,
     )
 

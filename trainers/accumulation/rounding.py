@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
+from trainers.accumulation.distances import difference, norm
 from trainers.accumulation.outcome import Outcome
 from trainers.accumulation.probes import Place, Record, Sight, Watch, watched
 
@@ -98,7 +99,7 @@ def rounding(
     while sample < samples:
         repeats = sample % 2
         noise = _Noise(record, sums, delta, f"{seed} {sample}" if repeats else None, seed + sample)
-        with watched(model, noise) as watch, _Formats() as formats:
+        with watched(model, noise) as watch, Formats() as formats:
             found = run(watch)
         if formats.coarsest != coarsest:  # seen in the first run, which is made again
             coarsest, delta = formats.coarsest, unit_roundoff(formats.coarsest)
@@ -115,18 +116,18 @@ def rounding(
     def places(kind: str, there: dict[Place, Tensor]) -> dict[Place, float]:
         return {place: spread(kind, place) for place in there}
 
-    norms = {name: float(each.norm()) for name, each in reference.gradients.items()}
+    sizes = {name: norm(each) for name, each in reference.gradients.items()}
     gradients = {}
-    for name, norm in norms.items():
+    for name, size in sizes.items():
         alone, together = (each["gradient", name] for each in squares)
         own = sums.rows[name] / 6 * (1 + min(together / alone if alone else 0.0, sums.rows[name] / REPEATED))
-        gradients[name] = math.hypot(spread("gradient", name), math.sqrt(own) * norm)
+        gradients[name] = math.hypot(spread("gradient", name), math.sqrt(own) * size)
     # a few samples of a gradient of few numbers may all happen to be small
-    least = math.hypot(*gradients.values()) / (math.hypot(*norms.values()) or 1.0)
+    least = math.hypot(*gradients.values()) / (math.hypot(*sizes.values()) or 1.0)
     return Scales(
         outputs=tuple(spread("output", which) for which in range(len(reference.outputs))),
         loss=math.hypot(spread("loss"), noise_of(count) * abs(reference.loss)),
-        gradients={name: max(scale, least * norms[name]) for name, scale in gradients.items()},
+        gradients={name: max(scale, least * sizes[name]) for name, scale in gradients.items()},
         places=places("outputs", record.outputs),
         output_gradients=places("output_gradients", record.output_gradients),
         input_gradients=places("input_gradients", record.input_gradients),
@@ -281,7 +282,7 @@ class _Noise(Sight):
     def _noisy(self, place: Place, tensor: Tensor, sums: Mapping[str, tuple[float, float]]) -> Tensor:
         if place.module not in sums or not tensor.numel():
             return tensor
-        return self._signed(place, tensor, float(tensor.norm()) / math.sqrt(tensor.numel()), sums[place.module])
+        return self._signed(place, tensor, norm(tensor) / math.sqrt(tensor.numel()), sums[place.module])
 
     def _signed(self, place: Place, tensor: Tensor, rms: float, terms: tuple[float, float]) -> Tensor:
         """Add noise with random signs, but to nothing that is exactly 0: a mask, or a sum of zeros, has no errors."""
@@ -300,7 +301,7 @@ class _Noise(Sight):
         return torch.add(tensor, signs, alpha=noise_of(terms[1]) * self._delta * rms)
 
 
-class _Formats(TorchFunctionMode):
+class Formats(TorchFunctionMode):
     """Sees the coarsest number format that gradients go through."""
 
     def __init__(self) -> None:
@@ -323,4 +324,4 @@ def _squares(found: Outcome, reference: Outcome) -> Iterator[tuple[tuple[Hashabl
 
 
 def _square(one: Tensor, other: Tensor) -> float:
-    return float(torch.dist(one, other)) ** 2
+    return difference(one, other) ** 2

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from distsim.errors import ConfigError
+from distsim.units import shown
 from trainers.accumulation.effective import Batch, Pair, Part, parts
 from trainers.accumulation.loops import LoopRun, run_loop
 from trainers.accumulation.outcome import Outcome
@@ -19,7 +24,7 @@ from trainers.accumulation.ranks import Ranks
 from trainers.accumulation.substituted import Substituted
 from trainers.buckets import Buckets
 from trainers.exchanger import Handle
-from trainers.gradients import expected_count, summed
+from trainers.gradients import summed
 from trainers.plan import plan, trainable
 from trainers.precision import Precision
 from trainers.workload import Workload, explained
@@ -51,6 +56,7 @@ class Subject:
         """Cast the model; it stays so. `steps` are the effective batches of one step after another."""
         self.workload, self.steps, self.dtype, self.ranks, self.seed = workload, steps, dtype, ranks, seed
         self.model = workload.model.to(ranks.device, dtype)
+        self.samples = len(steps[0].samples)
         self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self._precision = Precision("full", ranks.device)
 
@@ -63,7 +69,7 @@ class Subject:
         """
         self._reset()
         if pair is not None and (pair.steps > 1 or self.ranks.size > 1):
-            torch.manual_seed(self.seed + 1 + self.ranks.rank)
+            _seed(self.seed + 1 + self.ranks.rank)
         try:
             yield
         finally:
@@ -72,16 +78,21 @@ class Subject:
     def full(self, step: int = 0, watch: Watch | None = None) -> Outcome:
         """Run a step's full batch, by nothing but autograd.
 
-        Raises: ConfigError if the workload's own code fails.
+        Raises: ConfigError if the workload's own code fails, or gives numbers that are none.
         """
         batch = self.steps[step]
         data = batch.collated(batch.whole, self.dtype)
-        with self.fresh(), explained("the full batch"), self._outputs() as seen:
+        what = f"the full batch in {str(self.dtype).removeprefix('torch.')}"
+        with self.fresh(), explained(what), self._outputs() as seen:
             if watch is not None:
                 watch.begin()
-            loss = self.workload.loss(self.model, data) / max(self.workload.count(data), 1)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return Outcome(outputs=tuple(seen), loss=float(loss.detach()), gradients=self._gradients())
+            if not (count := self.counted(data)):
+                raise ConfigError("nothing counts in it: the workload's count of it is 0")
+            value = self._backward(data, count)
+            gradients = self._gradients()
+            if not (math.isfinite(value) and all(bool(each.isfinite().all()) for each in gradients.values())):
+                raise ConfigError("its loss or its gradients are not finite")
+            return Outcome(outputs=tuple(seen), loss=value, gradients=gradients)
 
     def accumulated(self, pair: Pair) -> Accumulated:
         """Run the first step's micro-batches as the trainers do, and exchange if there are other ranks."""
@@ -104,7 +115,7 @@ class Subject:
                 got = summed(
                     replace(self.workload, loss=loss),
                     batches,
-                    expected_count(self.workload, len(self.steps[0].indexes)),
+                    self.samples,
                     buckets,
                     handles,
                     reducer,
@@ -116,20 +127,24 @@ class Subject:
             finally:
                 buckets.close()
 
-    def substituted(self, pair: Pair, watch: Watch, sight: Substituted) -> Accumulated:
-        """Run all ranks' micro-batches of the first step here, by autograd alone, under a watch with this sight."""
-        ranks, samples = self.ranks.size, len(self.steps[0].indexes)
-        cut = sorted(part for rank in range(ranks) for part in parts(pair, samples, ranks, rank))
-        batches = [self.steps[0].collated(part, self.dtype) for part in cut]
-        counts = [self.workload.count(data) for data in batches]
+    def local(
+        self, pair: Pair, step: int = 0, watch: Watch | None = None, sight: Substituted | None = None
+    ) -> Accumulated:
+        """Run all ranks' micro-batches of a step here, by autograd alone; `watch` has this `sight`, if any.
+
+        Raises: ConfigError if the workload's own code fails.
+        """
+        ranks = self.ranks.size
+        cut = sorted(part for rank in range(ranks) for part in parts(pair, self.samples, ranks, rank))
+        batches = [self.steps[step].collated(part, self.dtype) for part in cut]
+        counts = [self.counted(data) for data in batches]
         total, value = max(sum(counts), 1), 0.0
-        with self.fresh(pair):
+        with self.fresh(pair), explained("micro-batches"):
             for part, data, count in zip(cut, batches, counts, strict=True):
-                watch.begin()
-                sight.begin(*part, count)
-                loss = self.workload.loss(self.model, data) / total
-                loss.backward()  # type: ignore[no-untyped-call]
-                value += float(loss.detach())
+                if watch is not None and sight is not None:
+                    watch.begin()
+                    sight.begin(*part, count)
+                value += self._backward(data, total)
             return Accumulated(None, value, self._gradients())
 
     def own_loop(self, pair: Pair) -> tuple[LoopRun, list[Accumulated]]:
@@ -153,16 +168,31 @@ class Subject:
 
     def micro_batches(self, pair: Pair, step: int = 0) -> tuple[list[Part], list[Any]]:
         """Return this rank's micro-batches of a step, and which samples they have."""
-        batch = self.steps[step]
-        mine = parts(pair, len(batch.indexes), self.ranks.size, self.ranks.rank)
-        return mine, [batch.collated(part, self.dtype) for part in mine]
+        mine = parts(pair, self.samples, self.ranks.size, self.ranks.rank)
+        return mine, [self.steps[step].collated(part, self.dtype) for part in mine]
 
     def alone(self, data: Any) -> tuple[float, dict[str, Tensor]]:
         """Return the mean over one micro-batch, and its gradient, computed by itself."""
-        with self.fresh():
-            loss = self.workload.loss(self.model, data) / max(self.workload.count(data), 1)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach()), self._gradients()
+        with self.fresh(), explained("a micro-batch"):
+            return self._backward(data, max(self.counted(data), 1)), self._gradients()
+
+    def counted(self, data: Any) -> int:
+        """Return how much counts in a batch; ConfigError for what is no number of things."""
+        with explained("the workload's count"):
+            count = self.workload.count(data)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ConfigError(f"the workload's count of a batch must be a whole number, not {shown(count)}")
+        return count
+
+    def _backward(self, data: Any, divided_by: int) -> float:
+        loss = self.workload.loss(self.model, data)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            of = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            what = of if not isinstance(loss, Tensor) or loss.dim() else "one that depends on no parameter"
+            raise ConfigError(f"the workload's loss must return a scalar tensor that has a gradient, not {what}")
+        loss = loss / divided_by
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     def _reset(self) -> None:
         with torch.no_grad():
@@ -170,7 +200,7 @@ class Subject:
                 buffer.copy_(self._buffers[name])
         for parameter in self.model.parameters():
             parameter.grad = None
-        torch.manual_seed(self.seed)
+        _seed(self.seed)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Copies, since a view into a bucket does not outlive the run."""
@@ -198,6 +228,12 @@ class Subject:
             yield seen
         finally:
             hook.remove()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def averaged(workload: Workload) -> Workload:

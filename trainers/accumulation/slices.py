@@ -112,11 +112,13 @@ def matching_rows(full: Tensor, tensor: Tensor, limit: float) -> Tensor | None:
     """Return which rows of `full` a tensor's rows are, together within `limit` as a norm, or None if they are not.
 
     So what is gathered from a batch is found, as the tokens of an expert, or what is sorted. A row that could be two of
-    `full` tells nothing: None.
+    `full`, or is all zeros (of a dropout, say), tells nothing: None.
     """
     if tensor.dim() < 2 or full.shape[1:] != tensor.shape[1:] or not len(tensor) <= len(full):
         return None
     if len(full) * tensor.numel() > MOST_PRODUCTS:
+        return None
+    if not bool((tensor != 0).flatten(1).any(dim=1).all()):
         return None
     exact = "donot_use_mm_for_euclid_dist"
     distances = torch.cdist(tensor.flatten(1), full.flatten(1), compute_mode=exact)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainers.accumulation.probes import Place, Record, Sight, Watch, _Gate
+from trainers.accumulation.probes import Place, Record, Sight, Watch, _Gate, in_place_of
 from trainers.accumulation.rounding import Scales
 from trainers.accumulation.slices import WHOLE, Cut, Kind, cuts, matching_rows, rows
 from trainers.accumulation.tables import LossWeight, Match, Share, Statistic, Table, Taken, loss_weight, tables
@@ -118,7 +118,9 @@ class Substituted(TwoSided):
         """By module ("" is the model, and the loss) and direction; of modules that are not off, too."""
         self.loss_weights: list[LossWeight] = []
         self.unreplaced: set[str] = set()
-        """Modules that have got, or given, gradients which could not be replaced."""
+        """Modules that have got gradients which were not, or could not be, replaced by what is right."""
+        self.leaking: set[str] = set()
+        """Modules that have given such gradients for their inputs."""
         self.misled = False
         """The loss has got what could not be replaced."""
         self._missing: set[_Key] = set()
@@ -212,6 +214,8 @@ class Substituted(TwoSided):
         table, place = self._values[key.side], key.place
         tried: list[Match] = []
         for cut, source in self._cuts(table, place, tensor):
+            if cut.kind == "shorter" and tried and (self.caller is None or not tensor.any()):
+                continue  # what the loss gets is of the samples at hand, if it can be; zeros do not tell
             match = table.match(cut, source, tensor)
             if cut.kind == "pairs" and tried and not match.off:
                 self._pairing.add(key)
@@ -252,10 +256,11 @@ class Substituted(TwoSided):
             return gradient
         table, match = self._backward[key.side], self._matches.get(key)
         if match is not None and match.source in table.tensors and self._is_constant(key, match):
-            return self._add(key, gradient, module, match)
+            self._add(key, gradient, module, match)
+            return gradient
         share = None if match is None or match.source not in table.tensors else self._share(key, match)
         if match is None or share is None:
-            self.unreplaced.add(key.place.module)
+            self._leave(key)
             return gradient
         found = table.match(match.cut, match.source, gradient, share)
         if key.side == "output" and (match.cut.padded or match.cut.rows is not None):
@@ -271,19 +276,18 @@ class Substituted(TwoSided):
             return True
         return self._has_no_batch(match) and key not in self._shares and not self._statistics[key].off
 
-    def _add(self, key: _Key, gradient: Tensor, module: str | None, match: Match) -> Tensor:
-        """Add up the gradient for a constant, such as a table of positions, and return this micro-batch's share."""
-        full = self._backward[key.side].tensors[match.source]
+    def _add(self, key: _Key, gradient: Tensor, module: str | None, match: Match) -> None:
+        """Add up the gradient for a constant, such as a table of positions: which part is whose, is not known."""
         if key not in self._sums:
+            full = self._backward[key.side].tensors[match.source]
             self._sums[key] = _Sum(module, match.source, torch.zeros_like(full))
         part = self._sums[key].total
         for dim, size in enumerate(gradient.shape):
             part = part.narrow(dim, 0, size)
         part.add_(gradient)
-        if match.cut.kind == "shorter":  # nobody's share is known
-            self.unreplaced.add(key.place.module)
-            return gradient
-        return full * (self._count / self.samples)
+
+    def _leave(self, key: _Key) -> None:
+        (self.unreplaced if key.side == "output" else self.leaking).add(key.place.module)
 
     def _share(self, key: _Key, match: Match) -> float | None:
         """Return how much of what is cut out of the full batch's gradient is this micro-batch's; None if unknown."""
@@ -297,10 +301,14 @@ class Substituted(TwoSided):
     def _finish(self) -> None:
         """Compare what could not be before all micro-batches had been there."""
         for key, (module, source, total) in self._sums.items():
-            was_off = key in self._statistics and self._statistics[key].off
-            if self._kinds[key] <= {"same", "shorter"} and key not in self._unknown and not was_off:
-                found = self._backward[key.side].match(WHOLE, source, total)
+            changing = key in self._statistics and self._statistics[key].off
+            table = self._backward[key.side]
+            found = table.match(WHOLE, source, total)
+            comparable = self._kinds[key] <= {"same", "shorter"} and key not in self._unknown and not changing
+            if comparable and table.is_measured(source):  # not for parameters: their gradients are compared themselves
                 self._note(module, "backward", _direction(key), key.place.module, found)
+            if found.off or not comparable:
+                self._leave(key)
         for key, taken in self._taken.items():
             if not taken.is_all(self._backward[key.side].tensors[key.place]):
                 self.unreplaced.add(key.place.module)
@@ -349,8 +357,7 @@ class _Comparing(Watch):
             return tensor if value is was else torch.empty_like(was).copy_(value)
 
         def given(gradient: Tensor) -> Tensor:
-            replaced = self._two_sided.input_gradient(place, gradient.detach())
-            return gradient if replaced is None else replaced
+            return in_place_of(gradient, self._two_sided.input_gradient(place, gradient.detach()))
 
         if value is was:  # not a copy: a module may work on its input in place
             seen = tensor.view_as(tensor)

@@ -10,20 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from trainers.accumulation.distances import difference, norm
 from trainers.accumulation.probes import Place
 from trainers.accumulation.rounding import Scales, tolerance
 from trainers.accumulation.slices import Cut
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    """Return the norm of the difference, to which equal infinities and NaNs in the same place add nothing."""
-    same = (one == other) | (one.isnan() & other.isnan())
-    return float(torch.linalg.vector_norm((one - other).masked_fill(same, 0.0)))
-
-
-def norm(tensor: Tensor) -> float:
-    """Return the norm of what is finite."""
-    return float(torch.linalg.vector_norm(tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)))
 
 
 class Match(NamedTuple):
@@ -74,6 +64,10 @@ class Table:
                 else tolerance(max(self._scales.get(place, 0.0), self._usual * whole), self._dtype)
             )
         return self._limits[place]
+
+    def is_measured(self, place: Place) -> bool:
+        """Whether it is known what rounding does there, and not only what is usual."""
+        return self._scales.get(place, 0.0) > 0
 
     def match(self, cut: Cut, source: Place, tensor: Tensor, share: float = 1.0) -> Match:
         """Compare a micro-batch's tensor with its share of what is cut out of the full batch's."""
