@@ -192,6 +192,17 @@ def test_a_model_gets_back_what_it_had() -> None:
     assert {each.dtype for each in model.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("share", [1e-2, 1e-6, 1e-9])
+def test_small_errors_of_a_loss_are_found_and_named(share: float) -> None:
+    def loss(model: nn.Module, batch: planted.Batch) -> Tensor:
+        logits = model(batch[0])
+        more: Tensor = share * len(logits) * logits.softmax(1).mean(0).square().sum()
+        return functional.cross_entropy(logits, batch[1], reduction="sum") + more
+
+    (cause,) = examined(planted.mlp(), loss).culprits
+    assert "depends on the others in the batch" in cause.reason and "trainers.across" in (cause.remedy or "")
+
+
 def failing(*_: object) -> Tensor:
     raise RuntimeError("my own mistake")
 

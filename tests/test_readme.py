@@ -60,7 +60,7 @@ def shape(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-LONG = re.compile("make demo|depth=152|batch.json|--compile|parameter-server(:servers=2)? --workers")
+LONG = re.compile("make demo|depth=152|batch.json|--compile|'.tree|parameter-server(:servers=2)? --workers")
 COMMANDS = [
     pytest.param(shown, marks=(pytest.mark.slow, pytest.mark.timeout(900)) if LONG.search(shown.command) else ())
     for page in PAGES

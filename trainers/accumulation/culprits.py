@@ -187,7 +187,8 @@ def _loss(finding: Finding, sight: Substituted) -> Why:
     if finding.what == "handed":
         return Why(f"what the model is given for a sample {OTHERS}, or changes each time that it is read", EACH_ALONE)
     weights = sight.loss_weights
-    if any(not each.rest <= SAME or abs(each.factor) <= SAME for each in weights):
+    small = all(_same(each.factor, 1.0) for each in weights)  # no other weight, but something beside
+    if small or any(not each.rest <= SAME or abs(each.factor) <= SAME for each in weights):
         more = "it compares samples with one another, or takes a statistic over them"
         return Why(f"the gradient that it gives for a sample {OTHERS}: {more}", TWO_PASSES)
     if all(_same(each.factor * each.counted, sight.counted) for each in weights):
